@@ -1,0 +1,105 @@
+"""Logical axes: parameters, caches and activations name their axes, one table maps names to the mesh.
+
+Names: parameters use ``embed`` (D), ``heads`` (N), ``kv_heads`` (K), ``head`` (H or V), ``latent``
+(R), ``mlp``, ``vocab``, ``experts``, ``layers`` (stacked); activations use ``batch``, ``time``,
+``width`` (D), ``heads``, ``kv_heads``, ``mlp``, ``vocab``. A name without a rule is replicated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from attnlab.core.errors import MeshError
+
+Axes = tuple[str | None, ...]
+Rules = Mapping[str, tuple[str, ...]]
+
+_context: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
+    "attnlab_sharding", default=None
+)
+
+
+def normal(std: float):
+    """Initialiser: zero-mean normal of standard deviation ``std``."""
+    return jax.nn.initializers.normal(std)
+
+
+def parameter(rngs: nnx.Rngs, init, shape: Sequence[int], axes: Axes, dtype) -> nnx.Param:
+    """A parameter that carries its logical axes as one inert metadata key."""
+    shape = tuple(shape)
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
+
+
+def zeros(key, shape, dtype):
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key, shape, dtype):
+    return jnp.ones(shape, dtype)
+
+
+def spec(axes: Axes, rules: Rules, mesh: Mesh) -> PartitionSpec:
+    """The partition of an array with these logical axes; a mesh axis is used once, left to right."""
+    used: set[str] = set()
+    parts: list[Any] = []
+    for name in axes:
+        wanted = rules.get(name, ()) if name else ()
+        free = tuple(a for a in wanted if a in mesh.axis_names and a not in used)
+        used.update(free)
+        parts.append(None if not free else free[0] if len(free) == 1 else free)
+    return PartitionSpec(*parts)
+
+
+def check_divisible(name: str, shape: Sequence[int], part: PartitionSpec, mesh: Mesh) -> None:
+    """Raise MeshError if a dimension cannot be cut into the shards its partition asks for."""
+    for size, entry in zip(shape, part, strict=False):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        shards = math.prod(mesh.shape[a] for a in names)
+        if size % shards:
+            raise MeshError(
+                f"{name} has a dimension of {size}",
+                f"it is cut over mesh axes {names} into {shards} shards, which do not divide it",
+                "change the mesh axis or the model size",
+            )
+
+
+@contextlib.contextmanager
+def sharding(mesh: Mesh, rules: Rules):
+    """Inside, ``constrain`` pins activations to the mesh; outside it does nothing."""
+    token = _context.set((mesh, rules))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def current() -> tuple[Mesh, Rules] | None:
+    """The mesh and rules of the enclosing ``sharding`` block."""
+    return _context.get()
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation to the mesh by its logical axes; the identity without a mesh.
+
+    An axis whose size the mesh does not divide stays unpinned (a batch of one while generating).
+    """
+    context = _context.get()
+    if context is None:
+        return x
+    mesh, rules = context
+    fitted = []
+    for size, entry in zip(x.shape, spec(axes, rules, mesh), strict=True):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        fits = size % math.prod(mesh.shape[a] for a in names) == 0
+        fitted.append(entry if fits else None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fitted)))

@@ -1,0 +1,140 @@
+"""Decode caches: immutable pytrees whose slots remember the position and segment of their token.
+
+A slot holds one real token. Padding (segment 0) is not written, so ragged prompts waste nothing and
+``length[b]`` counts real tokens. An unwritten slot has segment 0, which no query sees: the mask of a
+cached pass is the mask of training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.core.errors import ShapeError, UnsupportedError
+from attnlab.core.types import Seq
+
+
+def segments_of(seq: Seq) -> jax.Array:
+    """The segments of ``seq``; a single document without padding is segment 1."""
+    return jnp.ones_like(seq.positions) if seq.segments is None else seq.segments
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCache:
+    """Base of caches that keep one entry a token.
+
+    Subclasses add token fields ``[B, S, ...]`` (listed in ``TOKENS``) and may add per-row state.
+
+    Args:
+        positions, segments: int32 ``[B, S]`` of the cached tokens.
+        length: int32 ``[B]``, tokens written so far.
+    """
+
+    positions: jax.Array
+    segments: jax.Array
+    length: jax.Array
+
+    TOKENS: ClassVar[tuple[str, ...]] = ()
+    AXES: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "positions": ("batch", None),
+        "segments": ("batch", None),
+        "length": ("batch",),
+    }
+
+    @property
+    def capacity(self) -> int:
+        return self.positions.shape[1]
+
+    @classmethod
+    def empty_index(cls, batch: int, capacity: int) -> dict[str, jax.Array]:
+        """The fields of this base for an empty cache."""
+        if capacity < 1 or batch < 1:
+            raise ShapeError(
+                f"cache of batch {batch} and capacity {capacity}",
+                "both must be at least 1",
+                "pass the longest prompt plus the tokens to generate as capacity",
+            )
+        return {
+            "positions": jnp.zeros((batch, capacity), jnp.int32),
+            "segments": jnp.zeros((batch, capacity), jnp.int32),
+            "length": jnp.zeros((batch,), jnp.int32),
+        }
+
+    def write(self, seq: Seq, **values: jax.Array) -> Self:
+        """Append the real tokens of ``seq``; ``values`` gives ``[B, T, ...]`` for every token field.
+
+        Raises ShapeError if they do not fit. Under a trace only the static bound ``T <= capacity``
+        can be checked; ``infer.generate`` checks the rest on the host before it starts.
+        """
+        batch, tokens = seq.positions.shape
+        if batch != self.positions.shape[0]:
+            raise ShapeError(
+                f"cache batch = {self.positions.shape[0]}", f"tokens have batch {batch}",
+                "build the cache with the batch of the tokens",
+            )
+        real = segments_of(seq) > 0
+        total = self.length + real.sum(axis=1, dtype=jnp.int32)
+        self._check_room(tokens, total)
+        slot = self.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+        slot = jnp.where(real, slot, self.capacity)  # out of range: padding is not written
+        row = jnp.arange(batch)[:, None]
+        values |= {"positions": seq.positions, "segments": segments_of(seq)}
+        new: dict[str, Any] = {
+            name: getattr(self, name).at[row, slot].set(
+                value.astype(getattr(self, name).dtype), mode="drop", unique_indices=False
+            )
+            for name, value in values.items()
+        }
+        return dataclasses.replace(self, length=total, **new)
+
+    def _check_room(self, tokens: int, total: jax.Array) -> None:
+        longest = tokens if isinstance(total, jax.core.Tracer) else int(total.max())
+        if longest > self.capacity:
+            raise ShapeError(
+                f"cache capacity = {self.capacity}",
+                f"cannot hold {longest} tokens a row",
+                f"init_cache with a capacity of at least {longest}",
+            )
+
+    def truncate(self, length: jax.Array | int) -> Self:
+        """Forget every token after the first ``length`` (an integer or int32 ``[B]``) of a row."""
+        length = jnp.minimum(self.length, jnp.asarray(length, jnp.int32))
+        keep = jnp.arange(self.capacity)[None, :] < length[:, None]
+        return dataclasses.replace(self, length=length, segments=jnp.where(keep, self.segments, 0))
+
+
+def refuse_truncate(name: str) -> UnsupportedError:
+    """The error of caches whose running state cannot go back."""
+    return UnsupportedError(
+        f"{name}.truncate",
+        "the cache carries a running state that cannot be rewound",
+        "keep the cache from before the tokens you want to drop",
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache(TokenCache):
+    """Keys ``[B, S, K, H]`` (after position encoding) and values ``[B, S, K, V]``."""
+
+    k: jax.Array
+    v: jax.Array
+
+    TOKENS: ClassVar[tuple[str, ...]] = ("k", "v")
+    AXES: ClassVar[dict[str, tuple[str | None, ...]]] = TokenCache.AXES | {
+        "k": ("batch", None, "kv_heads", None),
+        "v": ("batch", None, "kv_heads", None),
+    }
+
+    @classmethod
+    def empty(
+        cls, batch: int, capacity: int, kv_heads: int, head: int, value: int, dtype
+    ) -> KVCache:
+        return cls(
+            **cls.empty_index(batch, capacity),
+            k=jnp.zeros((batch, capacity, kv_heads, head), dtype),
+            v=jnp.zeros((batch, capacity, kv_heads, value), dtype),
+        )

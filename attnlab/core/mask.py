@@ -1,0 +1,250 @@
+"""Structured attention masks: small values that compose with ``&`` and ``|``.
+
+A mask is a function of the coordinates of queries and keys (position, segment, array index), never a
+``T x S`` array, so the same value serves a full pass, a chunk of it, a cache and a shard. Every
+implementation applies it in the same way: ``visible`` on a tile, ``maybe`` on the bounds of a tile to
+skip tiles that hold no visible pair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.core.errors import ConfigError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coords:
+    """Coordinates of one side of a tile.
+
+    Args:
+        positions: int32 ``[B, T]``. segments: int32 ``[B, T]`` or None.
+        index: int32 ``[T]``, the array index of each token (what block lists refer to).
+    """
+
+    positions: jax.Array
+    segments: jax.Array | None
+    index: jax.Array
+
+    def bounds(self) -> Bounds:
+        """The smallest box that holds these coordinates, over the whole batch."""
+        segments = self.segments
+        return Bounds(
+            self.positions.min(),
+            self.positions.max(),
+            None if segments is None else segments.min(),
+            None if segments is None else segments.max(),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Scalar bounds of a tile's coordinates."""
+
+    first: Any
+    last: Any
+    segment_min: Any
+    segment_max: Any
+
+
+class Mask:
+    """Base of all masks. ``a & b``: both allow it; ``a | b``: one of them does."""
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, other)
+
+    def visible(self, q: Coords, k: Coords) -> jax.Array:
+        """Bool array that broadcasts to ``[B, N, T, S]``."""
+        raise NotImplementedError(f"{type(self).__name__}.visible")
+
+    def maybe(self, q: Bounds, k: Bounds) -> Any:
+        """False only if no pair of the two boxes is visible."""
+        return True
+
+
+def _mask(cls=None, *, static: tuple[str, ...] = ()):
+    """Register a frozen dataclass mask as a pytree; ``static`` names fields fixed at trace time."""
+
+    def wrap(cls):
+        cls = dataclasses.dataclass(frozen=True)(cls)
+        names = [f.name for f in dataclasses.fields(cls)]
+        return jax.tree_util.register_dataclass(
+            cls, data_fields=[n for n in names if n not in static], meta_fields=list(static)
+        )
+
+    return wrap if cls is None else wrap(cls)
+
+
+@_mask
+class And(Mask):
+    left: Mask
+    right: Mask
+
+    def visible(self, q, k):
+        return self.left.visible(q, k) & self.right.visible(q, k)
+
+    def maybe(self, q, k):
+        return jnp.logical_and(self.left.maybe(q, k), self.right.maybe(q, k))
+
+
+@_mask
+class Or(Mask):
+    left: Mask
+    right: Mask
+
+    def visible(self, q, k):
+        return self.left.visible(q, k) | self.right.visible(q, k)
+
+    def maybe(self, q, k):
+        return jnp.logical_or(self.left.maybe(q, k), self.right.maybe(q, k))
+
+
+def _distance(q: Coords, k: Coords) -> jax.Array:
+    """Query position minus key position, ``[B, 1, T, S]``."""
+    return q.positions[:, None, :, None] - k.positions[:, None, None, :]
+
+
+@_mask
+class Full(Mask):
+    """Every key is visible."""
+
+    def visible(self, q, k):
+        return jnp.ones((1, 1, q.index.shape[0], k.index.shape[0]), bool)
+
+
+@_mask
+class Causal(Mask):
+    """Keys at the query's position or before."""
+
+    def visible(self, q, k):
+        return _distance(q, k) >= 0
+
+    def maybe(self, q, k):
+        return k.first <= q.last
+
+
+@_mask(static=("size", "ahead"))
+class Window(Mask):
+    """The last ``size`` keys, the query's own included, and at most ``ahead`` keys after it.
+
+    ``ahead=None`` sets no limit in front: compose with ``Causal()``.
+    """
+
+    size: int
+    ahead: int | None = None
+
+    def __post_init__(self):
+        if isinstance(self.size, int) and self.size < 1:
+            raise ConfigError(
+                f"window = {self.size}",
+                "counts the visible keys including the query itself, so it is at least 1",
+                "use window=None for no window",
+            )
+
+    def visible(self, q, k):
+        distance = _distance(q, k)
+        seen = distance < self.size
+        return seen if self.ahead is None else seen & (distance >= -self.ahead)
+
+    def maybe(self, q, k):
+        near = q.first - k.last < self.size
+        return near if self.ahead is None else near & (k.first - q.last <= self.ahead)
+
+
+@_mask
+class Segments(Mask):
+    """Keys of the query's own segment; segment 0 is padding and sees nothing."""
+
+    def visible(self, q, k):
+        if q.segments is None or k.segments is None:
+            raise ConfigError(
+                "segments = None",
+                "the mask Segments() needs the segment of every query and key",
+                "pass segments= to the op or leave the mask out",
+            )
+        a, b = q.segments[:, None, :, None], k.segments[:, None, None, :]
+        return (a == b) & (a > 0)
+
+    def maybe(self, q, k):
+        return (q.segment_max >= k.segment_min) & (q.segment_min <= k.segment_max)
+
+
+@_mask
+class Prefix(Mask):
+    """Keys at positions below ``length`` (an integer or int32 ``[B]``), in front or behind.
+
+    A prefix language model is ``Causal() | Prefix(length)``.
+    """
+
+    length: Any
+
+    def visible(self, q, k):
+        length = jnp.asarray(self.length, jnp.int32).reshape(-1, 1, 1, 1)
+        seen = k.positions[:, None, None, :] < length
+        return jnp.broadcast_to(
+            seen, (*seen.shape[:2], q.index.shape[0], k.index.shape[0])
+        )
+
+    def maybe(self, q, k):
+        return k.first < jnp.max(jnp.asarray(self.length))
+
+
+@_mask(static=("count",))
+class SinkTokens(Mask):
+    """The first ``count`` tokens of the document, never in front of the query."""
+
+    count: int
+
+    def visible(self, q, k):
+        return (k.positions[:, None, None, :] < self.count) & (_distance(q, k) >= 0)
+
+    def maybe(self, q, k):
+        return (k.first < self.count) & (k.first <= q.last)
+
+
+@_mask(static=("block_q", "block_k"))
+class Blocks(Mask):
+    """Explicit block lists: query block ``i`` sees the key blocks ``lists[b, n, i, :]``.
+
+    Args:
+        lists: int32 ``[B or 1, N or 1, T/block_q, M]``; entries below 0 are empty.
+        block_q, block_k: tokens in a block, counted by array index.
+    """
+
+    lists: jax.Array
+    block_q: int
+    block_k: int
+
+    def visible(self, q, k):
+        rows = jnp.take(self.lists, q.index // self.block_q, axis=2)
+        columns = k.index // self.block_k
+        return (rows[..., None, :] == columns[:, None]).any(-1)
+
+
+def conjuncts(mask: Mask) -> list[Mask]:
+    """The masks that ``mask`` joins with ``&``, left to right."""
+    if isinstance(mask, And):
+        return conjuncts(mask.left) + conjuncts(mask.right)
+    return [mask]
+
+
+def plain(mask: Mask) -> tuple[bool, int | None] | None:
+    """``(causal, window)`` if the mask is only causal and window (segments aside), else None."""
+    causal, window = False, None
+    for part in conjuncts(mask):
+        if isinstance(part, Causal):
+            causal = True
+        elif isinstance(part, Window) and part.ahead is None and window is None:
+            window = part.size
+        elif not isinstance(part, Full | Segments):
+            return None
+    return causal, window

@@ -1,0 +1,123 @@
+"""The types every layer speaks: ``Seq`` in, ``Out`` back, ``Precision`` beside them.
+
+Legend used everywhere: ``B`` batch, ``T`` query tokens, ``S`` key tokens, ``N`` query heads, ``K``
+key/value heads, ``G = N/K``, ``H`` head width, ``V`` value width, ``D`` model width, ``R`` latent
+width, ``P`` rotary width, ``C`` chunk, ``L`` layers, ``E`` experts. Layout is always ``B T N H``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.core.errors import ConfigError, ShapeError
+
+Layout = Literal["full", "packed", "any"]
+LAYOUTS: tuple[str, ...] = ("full", "packed", "any")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seq:
+    """Where each token of a batch stands.
+
+    Args:
+        positions: int32 ``[B, T]``, the position of a token inside its document.
+        segments: int32 ``[B, T]`` or None. Tokens see each other only inside one segment; segment 0
+            is padding; None means one document and no padding.
+        layout: a static promise that lets kernels skip work without looking at the values:
+            ``"full"``: one document a row, positions ``0..T-1``, no segments;
+            ``"packed"``: documents laid end to end, positions restart at 0 with each, padding only
+            at the end; ``"any"``: nothing is promised.
+    """
+
+    positions: jax.Array
+    segments: jax.Array | None = None
+    layout: Layout = dataclasses.field(default="any", metadata={"static": True})
+
+    @staticmethod
+    def full(batch: int, length: int) -> Seq:
+        """One document a row at positions ``0..length-1``."""
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        return Seq(positions, None, "full")
+
+    def check(self, batch: int, length: int) -> None:
+        """Raise ShapeError unless this describes ``batch`` rows of ``length`` tokens."""
+        for name in ("positions", "segments"):
+            value = getattr(self, name)
+            if value is not None and value.shape != (batch, length):
+                raise ShapeError(
+                    f"seq.{name} has shape {tuple(value.shape)}",
+                    f"must be [B, T] = ({batch}, {length}) like the tokens",
+                    "build it with Seq.full(B, T) or pass one position and segment a token",
+                )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Out:
+    """What a layer returns, the same type in every mode.
+
+    Args:
+        y: ``[B, T, D]``.
+        cache: the updated cache after prefill and decode, None in training.
+        aux: named fp32 scalars (router loss, entropy, ...) or None.
+        state: explicit non-gradient pytree carried between steps (EMA, k-means), or None.
+    """
+
+    y: jax.Array
+    cache: Any = None
+    aux: dict[str, jax.Array] | None = None
+    state: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Four dtypes, by name. Softmax, log-sum-exp and cross-device partial sums use ``softmax``.
+
+    Args:
+        params: stored parameters. compute: matmul inputs and activations.
+        softmax: accumulators, softmax, norms, rotary angles; float32 or float64.
+        cache: cached keys, values and states.
+    """
+
+    params: str = "float32"
+    compute: str = "float32"
+    softmax: str = "float32"
+    cache: str = "float32"
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            name = getattr(self, field.name)
+            try:
+                ok = jnp.issubdtype(jnp.dtype(name), jnp.floating)
+            except TypeError:
+                ok = False
+            if not ok:
+                raise ConfigError(
+                    f"precision.{field.name} = {name!r}",
+                    "must name a floating dtype",
+                    'use "float32", "bfloat16" or "float64"',
+                )
+        if self.softmax not in ("float32", "float64"):
+            raise ConfigError(
+                f"precision.softmax = {self.softmax!r}",
+                "softmax and partial sums are never below float32",
+                'use "float32"',
+            )
+
+    @staticmethod
+    def named(name: str) -> Precision:
+        """``"float32"``, ``"float64"``, or ``"bfloat16"`` (fp32 parameters, bf16 compute)."""
+        if name == "bfloat16":
+            return Precision(compute="bfloat16", cache="bfloat16")
+        if name == "float64":
+            return Precision(params=name, compute=name, softmax=name, cache=name)
+        if name == "float32":
+            return Precision()
+        raise ConfigError(
+            f"precision = {name!r}", "unknown", 'use "float32", "bfloat16" or "float64"'
+        )

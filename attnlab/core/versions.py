@@ -1,0 +1,69 @@
+"""Every difference between jax and flax versions lives here (jax 0.10.2 up to the newest)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+JAX_VERSION: tuple[int, ...] = tuple(
+    int("".join(c for c in part if c.isdigit()) or 0) for part in jax.__version__.split(".")[:3]
+)
+
+
+def enable_x64(on: bool = True):
+    """Context manager that switches 64-bit types on (moved out of jax.experimental in 0.11)."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(on)
+    from jax.experimental import enable_x64 as legacy
+
+    return legacy(on)
+
+
+def make_mesh(shape: tuple[int, ...], names: tuple[str, ...], devices=None) -> Mesh:
+    """A mesh with automatic axes (jax.make_mesh defaults to explicit ones since 0.10)."""
+    return jax.make_mesh(
+        shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices
+    )
+
+
+def split_module(module: nnx.Module) -> tuple[Any, dict]:
+    """``(graphdef, params)``: params is a plain nested dict of arrays with string keys."""
+    graphdef, state = nnx.split(module)
+    return graphdef, _stringify(nnx.to_pure_dict(state))
+
+
+def merge_module(graphdef: Any, params: dict) -> Any:
+    """The module of ``split_module`` around other arrays."""
+    return nnx.merge(graphdef, _restore_keys(params))
+
+
+def module_axes(module: nnx.Module) -> dict:
+    """The logical axes of every parameter, in the tree shape of ``split_module``'s params."""
+    _, state = nnx.split(module)
+    return _stringify(_map_variables(state, lambda variable: variable.get_metadata()["axes"]))
+
+
+def _map_variables(state, f):
+    flat = nnx.to_flat_state(state)
+    nested: dict = {}
+    for path, variable in flat:
+        node = nested
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = f(variable)
+    return nested
+
+
+def _stringify(tree):
+    if isinstance(tree, dict):
+        return {str(k): _stringify(v) for k, v in tree.items()}
+    return tree
+
+
+def _restore_keys(tree):
+    if isinstance(tree, dict):
+        return {int(k) if k.isdigit() else k: _restore_keys(v) for k, v in tree.items()}
+    return tree

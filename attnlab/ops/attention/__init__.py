@@ -1,0 +1,203 @@
+"""Scaled dot-product attention with structured masks: one public function, several implementations.
+
+For query row ``t`` of head ``n`` and its key/value head ``n // G``::
+
+    z[t, s] = cap(scale * q[t, n] . k[s, n // G])        cap(z) = c tanh(z / c) if logit_cap = c
+    p[t, s] = exp(z[t, s]) / (sum_{s visible} exp(z[t, s]) + exp(sink_logits[n]))
+    o[t, n] = sum_s p[t, s] v[s, n // G]
+    lse[t, n] = log(sum_{s visible} exp(z[t, s]) + exp(sink_logits[n]))
+
+Order of application: scale, logit cap, mask, sink logits, softmax. A row without visible key and
+without sink returns zero with zero gradient, and ``lse = -inf``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.core.dispatch import Device, Implementation, Op
+from attnlab.core.errors import ConfigError, DtypeError, ShapeError
+from attnlab.core.mask import Causal, Coords, Mask, Segments, SinkTokens
+from attnlab.core.types import Layout
+from attnlab.ops.attention import reference, vendor, xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static facts of a call: what an implementation may decide by.
+
+    Args:
+        B, T, S, N, K, H, V: shapes. dtype: of q, k and v. mask: the composed mask (block lists and
+            prefix lengths in it may be traced). layout: what is promised of positions and segments;
+            "full" only if queries and keys are the same row of positions 0..T-1.
+        segments, sink_logits, return_lse: whether present. logit_cap: value or None.
+    """
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    V: int
+    dtype: str
+    mask: Mask
+    layout: Layout
+    segments: bool
+    sink_logits: bool
+    logit_cap: float | None
+    return_lse: bool
+    device: Device
+
+
+def _always(call: Call) -> str | None:
+    return None
+
+
+OP = Op(
+    "attention",
+    [
+        Implementation("reference", _always, reference.forward),
+        Implementation("xla", _always, xla.forward),
+        *vendor.IMPLEMENTATIONS,
+    ],
+    {
+        "cpu": ("xla",),
+        "gpu": ("cudnn", "tokamax", "xla"),
+        "tpu": ("splash", "xla"),
+    },
+)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    positions: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    segments: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    layout: Layout = "any",
+    sink_tokens: int = 0,
+    sink_logits: jax.Array | None = None,
+    logit_cap: float | None = None,
+    return_lse: bool = False,
+    softmax_dtype: str = "float32",
+    impl: str | Sequence[str] | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attention of ``q[B, T, N, H]`` over ``k[B, S, K, H]`` and ``v[B, S, K, V]``.
+
+    Args:
+        mask: a composed mask, default ``Causal()``. Where segments are given, tokens see each other
+            only inside one segment and segment 0 sees nothing, whatever the mask says.
+        scale: multiplies the logits; default ``H**-0.5``.
+        positions, segments: int32 ``[B, T]`` for both sides (then S = T), or a pair
+            ``([B, T], [B, S])``. No positions means ``0..T-1`` on both sides.
+        layout: a static promise about positions and segments (``core.types.Seq``); kernels that
+            cannot read positions serve only calls that promise enough.
+        sink_tokens: the first tokens of each document stay visible to every later query.
+        sink_logits: ``[N]`` learned logits that join the denominator of their head.
+        logit_cap: ``c`` in ``c tanh(z / c)``.
+        return_lse: also return the log-sum-exp ``[B, T, N]`` in ``softmax_dtype``; differentiable.
+        impl: None (first that serves the call), a name, or a sequence of names to try.
+
+    Returns:
+        ``o[B, T, N, V]`` in the dtype of v, or ``(o, lse)``. Differentiable once in q, k, v and
+        sink_logits, through o and lse.
+
+    Raises:
+        ShapeError, DtypeError, ConfigError: on bad arguments. ImplementationError: ``impl`` refuses.
+    """
+    B, T, N, H, S, K, V = _shapes(q, k, v)
+    mask = Causal() if mask is None else mask
+    if sink_tokens:
+        mask = mask | SinkTokens(sink_tokens)
+    full = positions is None
+    if full and T != S:
+        raise ShapeError(
+            f"positions = None with T = {T} and S = {S}",
+            "queries and keys must be the same row of tokens",
+            "pass positions=(query positions, key positions)",
+        )
+    if full:
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        layout = "full" if segments is None else layout
+    q_pos, k_pos = _pair("positions", positions, (B, T), (B, S))
+    q_seg, k_seg = (None, None) if segments is None else _pair("segments", segments, (B, T), (B, S))
+    if segments is not None:
+        mask = mask & Segments()
+    if isinstance(positions, tuple) and layout != "any":
+        raise ConfigError(
+            f"layout = {layout!r}", "promises that queries and keys are the same row",
+            "pass one positions array, or layout='any'",
+        )
+    if sink_logits is not None and sink_logits.shape != (N,):
+        raise ShapeError(
+            f"sink_logits has shape {tuple(sink_logits.shape)}", f"must be [N] = ({N},)",
+            "one logit a query head",
+        )
+    if logit_cap is not None and not logit_cap > 0:
+        raise ConfigError(f"logit_cap = {logit_cap}", "must be positive", "use None for no cap")
+    call = Call(
+        B, T, S, N, K, H, V, q.dtype.name, mask, layout, segments is not None,
+        sink_logits is not None, logit_cap, return_lse, Device.default(),
+    )
+    out, lse = OP.choose(call, impl).forward(
+        q, k, v,
+        mask=mask,
+        q_coords=Coords(q_pos, q_seg, jnp.arange(T, dtype=jnp.int32)),
+        k_coords=Coords(k_pos, k_seg, jnp.arange(S, dtype=jnp.int32)),
+        scale=1.0 / math.sqrt(H) if scale is None else scale,
+        sink_logits=sink_logits,
+        logit_cap=logit_cap,
+        return_lse=return_lse,
+        softmax_dtype=jnp.dtype(softmax_dtype),
+        layout=layout,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _shapes(q, k, v) -> tuple[int, int, int, int, int, int, int]:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ShapeError(
+                f"{name} has shape {tuple(x.shape)}", "must be [batch, tokens, heads, width]",
+                "the layout is always B T N H",
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise DtypeError(f"{name} has dtype {x.dtype}", "must be floating", "cast it")
+    if not q.dtype == k.dtype == v.dtype:
+        raise DtypeError(
+            f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}", "must agree", "cast them to one"
+        )
+    B, T, N, H = q.shape
+    _, S, K, _ = k.shape
+    if k.shape != (B, S, K, H) or v.shape[:3] != (B, S, K):
+        raise ShapeError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}",
+            "must be [B, T, N, H], [B, S, K, H], [B, S, K, V]",
+            "check batch, key tokens, key/value heads and the width of q and k",
+        )
+    if N % K:
+        raise ShapeError(
+            f"N = {N} query heads over K = {K} key/value heads", "N must be a multiple of K",
+            "query head n uses key/value head n // (N/K)",
+        )
+    return B, T, N, H, S, K, v.shape[3]
+
+
+def _pair(name, value, q_shape, k_shape):
+    q, k = value if isinstance(value, tuple) else (value, value)
+    for side, array, shape in (("query", q, q_shape), ("key", k, k_shape)):
+        if array.shape != shape:
+            raise ShapeError(
+                f"{side} {name} has shape {tuple(array.shape)}", f"must be {shape}",
+                f"one entry of {name} a {side} token",
+            )
+    return q, k

@@ -1,0 +1,3 @@
+"""Vendor kernels (placeholder list until each is wired)."""
+
+IMPLEMENTATIONS: tuple = ()

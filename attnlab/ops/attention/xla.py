@@ -1,0 +1,1 @@
+from attnlab.ops.attention.reference import forward  # noqa: F401
