@@ -8,6 +8,7 @@ cached pass is the mask of training.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
@@ -20,6 +21,31 @@ from attnlab.core.types import Seq
 def segments_of(seq: Seq) -> jax.Array:
     """The segments of ``seq``; a single document without padding is segment 1."""
     return jnp.ones_like(seq.positions) if seq.segments is None else seq.segments
+
+
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows ``index[B, T]`` of each batch row of ``x[B, S, ...]``: ``[B, T, ...]``."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def compact(
+    x: jax.Array, seq: Seq
+) -> tuple[jax.Array, Seq, Callable[[jax.Array], jax.Array]]:
+    """``x[B, T, ...]`` and ``seq`` with the real tokens of each row in front, and the way back.
+
+    For mechanisms that read "the token before" (convolutions, recurrences): where padding stands
+    left of a chunk or between tokens, that is not the neighbour in the array. After a stable move
+    to the front it is, and the state a chunk leaves ends at its number of real tokens. Moves nothing
+    where the layout promises order or there is no padding.
+    """
+    if seq.segments is None or seq.layout != "any" or seq.segments.shape[1] == 1:
+        return x, seq, lambda y: y
+    order = jnp.argsort(seq.segments == 0, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)
+    moved = dataclasses.replace(
+        seq, positions=take_rows(seq.positions, order), segments=take_rows(seq.segments, order)
+    )
+    return take_rows(x, order), moved, lambda y: take_rows(y, back)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,4 +163,27 @@ class KVCache(TokenCache):
             **cls.empty_index(batch, capacity),
             k=jnp.zeros((batch, capacity, kv_heads, head), dtype),
             v=jnp.zeros((batch, capacity, kv_heads, value), dtype),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentCache(TokenCache):
+    """Latents ``[B, S, R]`` after their norm, shared rotary keys ``[B, S, P]`` after RoPE."""
+
+    latent: jax.Array
+    k_rope: jax.Array
+
+    TOKENS: ClassVar[tuple[str, ...]] = ("latent", "k_rope")
+    AXES: ClassVar[dict[str, tuple[str | None, ...]]] = TokenCache.AXES | {
+        "latent": ("batch", None, "latent"),
+        "k_rope": ("batch", None, None),
+    }
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int, latent: int, rope: int, dtype) -> LatentCache:
+        return cls(
+            **cls.empty_index(batch, capacity),
+            latent=jnp.zeros((batch, capacity, latent), dtype),
+            k_rope=jnp.zeros((batch, capacity, rope), dtype),
         )

@@ -1,9 +1,9 @@
 """Structured attention masks: small values that compose with ``&`` and ``|``.
 
-A mask is a function of the coordinates of queries and keys (position, segment, array index), never a
-``T x S`` array, so the same value serves a full pass, a chunk of it, a cache and a shard. Every
-implementation applies it in the same way: ``visible`` on a tile, ``maybe`` on the bounds of a tile to
-skip tiles that hold no visible pair.
+A mask is a function of the coordinates of queries and keys (position, segment, array index), never
+a ``T x S`` array, so the same value serves a full pass, a chunk of it, a cache and a shard. Every
+implementation applies it in the same way: ``visible`` on a tile, ``maybe`` on the bounds of a tile
+to skip tiles that hold no visible pair.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnlab.core.errors import ConfigError
 
@@ -39,18 +40,22 @@ class Coords:
             self.positions.max(),
             None if segments is None else segments.min(),
             None if segments is None else segments.max(),
+            self.index.min(),
+            self.index.max(),
         )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Scalar bounds of a tile's coordinates."""
+    """Scalar bounds of a tile's coordinates, all inclusive: positions, segments, array index."""
 
     first: Any
     last: Any
     segment_min: Any
     segment_max: Any
+    index_min: Any
+    index_max: Any
 
 
 class Mask:
@@ -69,6 +74,11 @@ class Mask:
     def maybe(self, q: Bounds, k: Bounds) -> Any:
         """False only if no pair of the two boxes is visible."""
         return True
+
+
+def _require(condition, what: str, rule: str, fix: str) -> None:
+    if not condition:
+        raise ConfigError(what, rule, fix)
 
 
 def _mask(cls=None, *, static: tuple[str, ...] = ()):
@@ -143,12 +153,18 @@ class Window(Mask):
     ahead: int | None = None
 
     def __post_init__(self):
-        if isinstance(self.size, int) and self.size < 1:
-            raise ConfigError(
-                f"window = {self.size}",
-                "counts the visible keys including the query itself, so it is at least 1",
-                "use window=None for no window",
-            )
+        _require(
+            isinstance(self.size, int | np.integer) and self.size >= 1,
+            f"window = {self.size}",
+            "counts the visible keys including the query itself, so it is at least 1",
+            "use window=None for no window",
+        )
+        _require(
+            self.ahead is None or self.ahead >= 0,
+            f"ahead = {self.ahead}",
+            "counts the visible keys after the query",
+            "use 0 for none and None for no limit",
+        )
 
     def visible(self, q, k):
         distance = _distance(q, k)
@@ -165,17 +181,22 @@ class Segments(Mask):
     """Keys of the query's own segment; segment 0 is padding and sees nothing."""
 
     def visible(self, q, k):
-        if q.segments is None or k.segments is None:
-            raise ConfigError(
-                "segments = None",
-                "the mask Segments() needs the segment of every query and key",
-                "pass segments= to the op or leave the mask out",
-            )
+        self._check(q.segments, k.segments)
         a, b = q.segments[:, None, :, None], k.segments[:, None, None, :]
         return (a == b) & (a > 0)
 
     def maybe(self, q, k):
-        return (q.segment_max >= k.segment_min) & (q.segment_min <= k.segment_max)
+        self._check(q.segment_max, k.segment_max)
+        overlap = (q.segment_max >= k.segment_min) & (q.segment_min <= k.segment_max)
+        return overlap & (q.segment_max > 0) & (k.segment_max > 0)
+
+    def _check(self, q, k):
+        _require(
+            q is not None and k is not None,
+            "segments = None",
+            "the mask Segments() needs the segment of every query and key",
+            "pass segments= to the op or leave the mask out",
+        )
 
 
 @_mask
@@ -188,11 +209,7 @@ class Prefix(Mask):
     length: Any
 
     def visible(self, q, k):
-        length = jnp.asarray(self.length, jnp.int32).reshape(-1, 1, 1, 1)
-        seen = k.positions[:, None, None, :] < length
-        return jnp.broadcast_to(
-            seen, (*seen.shape[:2], q.index.shape[0], k.index.shape[0])
-        )
+        return k.positions[:, None, None, :] < jnp.asarray(self.length).reshape(-1, 1, 1, 1)
 
     def maybe(self, q, k):
         return k.first < jnp.max(jnp.asarray(self.length))
@@ -203,6 +220,9 @@ class SinkTokens(Mask):
     """The first ``count`` tokens of the document, never in front of the query."""
 
     count: int
+
+    def __post_init__(self):
+        _require(self.count >= 0, f"sink_tokens = {self.count}", "is a count", "use 0 for none")
 
     def visible(self, q, k):
         return (k.positions[:, None, None, :] < self.count) & (_distance(q, k) >= 0)
@@ -224,10 +244,21 @@ class Blocks(Mask):
     block_q: int
     block_k: int
 
+    def __post_init__(self):
+        for name in ("block_q", "block_k"):
+            size = getattr(self, name)
+            _require(size >= 1, f"{name} = {size}", "counts the tokens of a block", "use 1 or more")
+
     def visible(self, q, k):
         rows = jnp.take(self.lists, q.index // self.block_q, axis=2)
         columns = k.index // self.block_k
         return (rows[..., None, :] == columns[:, None]).any(-1)
+
+    def maybe(self, q, k):
+        row = jnp.arange(self.lists.shape[2])[:, None]
+        inside = (row >= q.index_min // self.block_q) & (row <= q.index_max // self.block_q)
+        inside &= self.lists >= k.index_min // self.block_k
+        return (inside & (self.lists <= k.index_max // self.block_k)).any()
 
 
 def conjuncts(mask: Mask) -> list[Mask]:
@@ -237,14 +268,22 @@ def conjuncts(mask: Mask) -> list[Mask]:
     return [mask]
 
 
+def parts(mask: Mask) -> list[Mask]:
+    """The masks that ``mask`` is composed of with ``&`` and ``|``."""
+    if isinstance(mask, And | Or):
+        return parts(mask.left) + parts(mask.right)
+    return [mask]
+
+
 def plain(mask: Mask) -> tuple[bool, int | None] | None:
     """``(causal, window)`` if the mask is only causal and window (segments aside), else None."""
     causal, window = False, None
     for part in conjuncts(mask):
         if isinstance(part, Causal):
             causal = True
-        elif isinstance(part, Window) and part.ahead is None and window is None:
-            window = part.size
+        elif isinstance(part, Window) and part.ahead in (None, 0):
+            causal |= part.ahead == 0
+            window = part.size if window is None else min(window, part.size)
         elif not isinstance(part, Full | Segments):
             return None
     return causal, window

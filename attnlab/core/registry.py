@@ -61,6 +61,16 @@ def get(name: str) -> Variant:
     raise ConfigError(f"variant = {name!r}", "is not registered", f"use {' or '.join(near)}")
 
 
+def name_of(cls: type) -> str:
+    """The registered name of a config class."""
+    for row in VARIANTS.values():
+        if row.path == f"{cls.__module__}:{cls.__name__}":
+            return row.name
+    raise ConfigError(
+        f"{cls.__module__}:{cls.__name__}", "is not in the registry", "add a row to core/registry.py"
+    )
+
+
 def build_config(name: str, **fields: Any) -> Any:
     """The config of variant ``name`` with these fields; unknown fields are refused by name."""
     cls = get(name).config()

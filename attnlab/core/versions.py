@@ -67,3 +67,16 @@ def _restore_keys(tree):
     if isinstance(tree, dict):
         return {int(k) if k.isdigit() else k: _restore_keys(v) for k, v in tree.items()}
     return tree
+
+
+def abstract_split(build) -> tuple[Any, dict]:
+    """``split_module`` of ``build()`` without computing anything: leaves are ShapeDtypeStructs."""
+    box: list[Any] = []
+
+    def trace():
+        graphdef, params = split_module(build())
+        box.append(graphdef)
+        return params
+
+    params = jax.eval_shape(trace)
+    return box[0], params

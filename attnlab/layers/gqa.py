@@ -101,6 +101,12 @@ class GQAConfig(LayerConfig):
         self.require(
             self.sink_tokens >= 0, f"sink_tokens = {self.sink_tokens}", "is a count", "use 0"
         )
+        for name in ("logit_cap", "scale", "norm_eps"):
+            value = getattr(self, name)
+            self.require(
+                value is None or value > 0,
+                f"{name} = {value}", "must be positive", "leave it out for the default",
+            )
         self.rope  # noqa: B018 - checks its own width and pairing
 
     @property

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 
 from attnlab.core.dispatch import Device, Implementation, Op
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError
-from attnlab.core.mask import Causal, Coords, Mask, Segments, SinkTokens
-from attnlab.core.types import Layout
+from attnlab.core.mask import Causal, Coords, Mask, Segments, SinkTokens, parts
+from attnlab.core.types import LAYOUTS, Layout
 from attnlab.ops.attention import reference, vendor, xla
 
 
@@ -36,6 +36,7 @@ class Call:
             prefix lengths in it may be traced). layout: what is promised of positions and segments;
             "full" only if queries and keys are the same row of positions 0..T-1.
         segments, sink_logits, return_lse: whether present. logit_cap: value or None.
+        device: what the call is compiled for. softmax_dtype: of logits, sums and lse.
     """
 
     B: int
@@ -53,6 +54,7 @@ class Call:
     logit_cap: float | None
     return_lse: bool
     device: Device
+    softmax_dtype: str = "float32"
 
 
 def _always(call: Call) -> str | None:
@@ -108,11 +110,12 @@ def attention(
         impl: None (first that serves the call), a name, or a sequence of names to try.
 
     Returns:
-        ``o[B, T, N, V]`` in the dtype of v, or ``(o, lse)``. Differentiable once in q, k, v and
-        sink_logits, through o and lse.
+        ``o[B, T, N, V]`` in the dtype of v, or ``(o, lse)``. Differentiable in q, k, v and
+        sink_logits, through o and lse (vendor kernels: once, and they return no lse).
 
     Raises:
-        ShapeError, DtypeError, ConfigError: on bad arguments. ImplementationError: ``impl`` refuses.
+        ShapeError, DtypeError, ConfigError: on bad arguments.
+        ImplementationError: ``impl`` refuses the call.
     """
     B, T, N, H, S, K, V = _shapes(q, k, v)
     mask = Causal() if mask is None else mask
@@ -127,12 +130,29 @@ def attention(
         )
     if full:
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        layout = "full" if segments is None else layout
+        layout = "full" if segments is None and layout == "any" else layout
     q_pos, k_pos = _pair("positions", positions, (B, T), (B, S))
     q_seg, k_seg = (None, None) if segments is None else _pair("segments", segments, (B, T), (B, S))
     if segments is not None:
         mask = mask & Segments()
-    if isinstance(positions, tuple) and layout != "any":
+    elif any(isinstance(part, Segments) for part in parts(mask)):
+        raise ConfigError(
+            "segments = None", "the mask holds Segments()", "pass segments= or leave the mask out"
+        )
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout = {layout!r}", "unknown", f"use one of {', '.join(LAYOUTS)}")
+    if full and layout == "packed":
+        raise ConfigError(
+            "layout = 'packed' with positions = None",
+            "promises positions that restart at 0 with each document",
+            "pass the positions of the packed row",
+        )
+    if layout == "full" and segments is not None:
+        raise ConfigError(
+            "layout = 'full' with segments", "promises one document a row and no padding",
+            "use layout='packed' or layout='any'",
+        )
+    if layout != "any" and isinstance(positions, tuple):
         raise ConfigError(
             f"layout = {layout!r}", "promises that queries and keys are the same row",
             "pass one positions array, or layout='any'",
@@ -142,11 +162,14 @@ def attention(
             f"sink_logits has shape {tuple(sink_logits.shape)}", f"must be [N] = ({N},)",
             "one logit a query head",
         )
+    if isinstance(scale, jax.Array):
+        raise ConfigError("scale is an array", "must be a Python number", "multiply q by it")
     if logit_cap is not None and not logit_cap > 0:
         raise ConfigError(f"logit_cap = {logit_cap}", "must be positive", "use None for no cap")
     call = Call(
         B, T, S, N, K, H, V, q.dtype.name, mask, layout, segments is not None,
         sink_logits is not None, logit_cap, return_lse, Device.default(),
+        jnp.dtype(softmax_dtype).name,
     )
     out, lse = OP.choose(call, impl).forward(
         q, k, v,
@@ -200,4 +223,6 @@ def _pair(name, value, q_shape, k_shape):
                 f"{side} {name} has shape {tuple(array.shape)}", f"must be {shape}",
                 f"one entry of {name} a {side} token",
             )
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise DtypeError(f"{side} {name} has dtype {array.dtype}", "must be int32", "cast it")
     return q, k

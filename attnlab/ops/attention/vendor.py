@@ -1,3 +1,193 @@
-"""Vendor kernels (placeholder list until each is wired)."""
+"""Fused kernels of others: cuDNN through jax.nn, tokamax (GPU), JAX's splash attention (TPU).
 
-IMPLEMENTATIONS: tuple = ()
+Each serves what it computes exactly and refuses the rest with a reason. Packages are imported on
+use; a missing one is a reason. None of them reads positions, so they serve only the layouts "full"
+and "packed", where array order is document order; none returns a differentiable log-sum-exp. Under
+``jax.checkpoint`` splash names what its backward needs "attention_out"; cuDNN and tokamax keep
+softmax statistics that cannot be named, so a policy by name recomputes their forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from attnlab.core.dispatch import Implementation
+from attnlab.core.mask import plain
+
+HALF = ("bfloat16", "float16")
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+
+
+def _first(refusals: Iterable[tuple[bool, str]]) -> str | None:
+    return next((reason for refused, reason in refusals if refused), None)
+
+
+def _limits(call, dtypes: tuple[str, ...], layouts: tuple[str, ...]):
+    """``(refused, reason)`` of the limits all vendors share."""
+    yield call.dtype not in dtypes, f"dtype is {call.dtype}, served: {', '.join(dtypes)}"
+    yield call.softmax_dtype != "float32", f"softmax is float32 only, not {call.softmax_dtype}"
+    yield call.layout not in layouts, f"layout is {call.layout!r}, served: {', '.join(layouts)}"
+    yield call.T != call.S, f"T = {call.T} and S = {call.S} differ"
+    yield plain(call.mask) is None, "the mask is more than causal, window and segments"
+    yield call.sink_logits, "sink logits are not served"
+    yield call.return_lse, "its log-sum-exp has no gradient"
+
+
+def _widths(call, most: int):
+    for name, width in (("H", call.H), ("V", call.V)):
+        yield width % 8 > 0 or not 64 <= width <= most, (
+            f"{name} = {width} is not a multiple of 8 from 64 to {most}"
+        )
+
+
+def _hopper(call) -> bool:
+    return any(name in call.device.kind for name in HOPPER)
+
+
+def _cudnn_refuses(call) -> str | None:
+    def limits():
+        nvidia = call.device.platform == "gpu" and "NVIDIA" in call.device.kind
+        yield not nvidia, f"runs on NVIDIA GPUs, not on {call.device.platform} {call.device.kind!r}"
+        yield from _limits(call, HALF, ("full",))
+        causal, window = plain(call.mask)
+        most = 256 if _hopper(call) else 128
+        yield call.segments, "segments are not served"
+        yield call.logit_cap is not None, "a logit cap is not served"
+        yield window is not None and not causal, "a window is served only under a causal mask"
+        yield call.H != call.V, f"H = {call.H} and V = {call.V} differ"
+        yield call.H % 8 > 0 or call.H > most, f"H = {call.H} is not a multiple of 8 up to {most}"
+
+    return _first(limits())
+
+
+def cudnn(
+    q, k, v, *, mask, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse, softmax_dtype,
+    layout,
+):
+    """cuDNN's fused attention, as jax.nn exposes it."""
+    causal, window = plain(mask)  # type: ignore[misc]
+    o = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=causal, implementation="cudnn",
+        local_window_size=None if window is None else (window - 1, 0),
+    )
+    return o, None
+
+
+def _tokamax_refuses(call) -> str | None:
+    def limits():
+        yield call.device.platform == "tpu", (
+            "untuned, its TPU kernel takes 128-wide tiles and its backward memory quadratic in S"
+        )
+        hopper = call.device.platform == "gpu" and _hopper(call)
+        yield not hopper, f"runs on Hopper GPUs, not on {call.device.platform} {call.device.kind!r}"
+        yield from _limits(call, HALF, ("full", "packed"))
+        causal, window = plain(call.mask)
+        yield call.segments and call.layout != "packed", "segments need layout='packed'"
+        yield not causal and window is not None, "a window is served only under a causal mask"
+        yield not causal and call.segments, "segments are served only under a causal mask"
+        yield from _widths(call, 256)
+        yield importlib.util.find_spec("tokamax") is None, (
+            'tokamax is not installed (Python 3.12, pip install "attnlab[kernels]")'
+        )
+        yield _broken_tokamax()
+
+    return _first(limits())
+
+
+@functools.cache
+def _broken_tokamax() -> tuple[bool, str]:
+    try:
+        _tokamax()
+    except (ImportError, AttributeError) as error:
+        return True, f"the installed tokamax does not fit: {error}"
+    return False, ""
+
+
+def _tokamax():
+    """tokamax's Hopper attention op and its mask type, which has no public name."""
+    from tokamax._src.ops.attention.base import Mask as Ranges
+    from tokamax.ops.gpu import PallasMosaicFlashAttention
+
+    return PallasMosaicFlashAttention(), Ranges
+
+
+def tokamax(
+    q, k, v, *, mask, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse, softmax_dtype,
+    layout,
+):
+    """tokamax's Mosaic GPU kernel, as key ranges ``[k_start, k_end)`` of every query row."""
+    op, ranges = _tokamax()
+    causal, window = plain(mask)  # type: ignore[misc]
+    start, segments = None, q_coords.segments
+    index = q_coords.index[None]
+    if window is not None:
+        start = jnp.maximum(index - (window - 1), 0)
+    if segments is not None:
+        # Documents are contiguous, so a query's document starts `position` places before it. A
+        # padding row sees itself, which keeps its softmax finite.
+        first = jnp.where(segments > 0, index - q_coords.positions, index)
+        start = first if start is None else jnp.maximum(first, start)
+    o = op(
+        q, k, v,
+        mask=ranges(is_causal=causal, k_start=None if start is None else start[:, None]),
+        logits_scale=scale, logits_soft_cap=logit_cap,
+    )
+    return _no_padding(o, segments), None
+
+
+def _splash_refuses(call) -> str | None:
+    def limits():
+        yield call.device.platform != "tpu", f"runs on TPUs, not on {call.device.platform}"
+        yield from _limits(call, ("bfloat16", "float32"), ("full", "packed"))
+        yield call.segments and call.layout != "packed", "segments need layout='packed'"
+        yield call.T % 128 > 0, f"T = {call.T} is not a multiple of 128"
+        yield from _widths(call, 576)
+
+    return _first(limits())
+
+
+def splash(
+    q, k, v, *, mask, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse, softmax_dtype,
+    layout, interpret: bool = False,
+):
+    """JAX's splash attention. It applies no scale, so q is scaled before (one rounding in bf16)."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as lib
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, N = q.shape[1:3]
+    causal, window = plain(mask)  # type: ignore[misc]
+    left, right = None if window is None else window - 1, 0 if causal else None
+    everything = left is right is None
+    sight = masks.FullMask((T, T)) if everything else masks.LocalMask((T, T), (left, right), 0)
+    block = next(size for size in (512, 256, 128) if T % size == 0)
+    kernel = lib.make_splash_mha(
+        mask=masks.MultiHeadMask([sight] * N),
+        block_sizes=lib.BlockSizes(
+            block_q=block, block_kv=block,
+            block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block,
+        ),
+        attn_logits_soft_cap=logit_cap, head_shards=1, q_seq_shards=1,
+        residual_checkpoint_name="attention_out", interpret=interpret,
+    )
+    segments = q_coords.segments
+    ids = None if segments is None else lib.SegmentIds(segments, k_coords.segments)
+    scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    o = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (scaled, k, v)), ids)
+    return _no_padding(o.swapaxes(1, 2), segments), None
+
+
+def _no_padding(o, segments):
+    """Zero the rows of segment 0, which the kernels let see each other; their gradient follows."""
+    return o if segments is None else jnp.where(segments[:, :, None, None] > 0, o, 0)
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("cudnn", _cudnn_refuses, cudnn),
+    Implementation("tokamax", _tokamax_refuses, tokamax),
+    Implementation("splash", _splash_refuses, splash),
+)

@@ -1,0 +1,273 @@
+"""Pre-norm decoder language model: embedding, a period of layers repeated and scanned, head.
+
+    h = E[tokens]
+    for each layer:  h = h + attn(rms_norm(h));  h = h + swiglu(rms_norm(h))
+    logits = rms_norm(h) W_head^T               W_head = E when tied
+
+The period may mix attention variants (one config each); it is repeated ``repeats`` times. Parameters
+of one place in the period are stacked over the repeats on a leading ``layers`` axis and scanned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnlab.core import versions
+from attnlab.core.axes import constrain, normal, ones, parameter
+from attnlab.core.errors import ConfigError
+from attnlab.core.layer import LayerConfig, Mode
+from attnlab.core.norm import rms_norm
+from attnlab.core.types import Precision, Seq
+from attnlab.models.loss import cross_entropy
+from attnlab.models.mlp import SwiGLU, round_up, swiglu_flops, swiglu_params
+
+Remat = Literal["none", "full", "dots", "attention"]
+
+# What the backward pass finds saved; everything else inside a period is computed again.
+_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Config of the decoder.
+
+    Args:
+        vocab_size: tokens; tables are padded to ``vocab_multiple`` rows, padding ids never win.
+        period: attention configs, one a layer of the period. repeats: how often it is repeated.
+        mlp_dim: hidden width of SwiGLU. tied: one table for embedding and head.
+        norm_eps, init_std: of the block's norms and projections.
+        z_loss: weight of lse^2. loss_chunk: tokens a row in one chunk of logits, None = automatic.
+        remat: "none", "full", "dots" (matmul results saved), "attention" (attention outputs and
+            log-sum-exps saved). scan: scan over repeats (one compiled body) or unroll them.
+    """
+
+    vocab_size: int
+    period: tuple[LayerConfig, ...]
+    repeats: int
+    mlp_dim: int
+    tied: bool = True
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    z_loss: float = 0.0
+    loss_chunk: int | None = None
+    remat: Remat = "none"
+    scan: bool = True
+    vocab_multiple: int = 64
+    precision: Precision = dataclasses.field(default_factory=Precision)
+
+    def __post_init__(self):
+        checks = (
+            (self.vocab_size >= 2, f"vocab_size = {self.vocab_size}", "must be at least 2", "2"),
+            (len(self.period) > 0, "period = ()", "needs at least one attention config", "add one"),
+            (self.repeats >= 1, f"repeats = {self.repeats}", "must be at least 1", "use 1"),
+            (self.mlp_dim >= 1, f"mlp_dim = {self.mlp_dim}", "must be at least 1", "use 4 * dim"),
+            (self.z_loss >= 0, f"z_loss = {self.z_loss}", "must not be negative", "use 0"),
+            (
+                self.remat in ("none", *_POLICIES), f"remat = {self.remat!r}", "unknown policy",
+                f"use none, {', '.join(_POLICIES)}",
+            ),
+        )
+        for ok, what, rule, fix in checks:
+            if not ok:
+                raise ConfigError(f"DecoderConfig.{what}", rule, fix)
+        if len({c.dim for c in self.period}) != 1:
+            raise ConfigError(
+                f"DecoderConfig.period has dims {[c.dim for c in self.period]}",
+                "every layer works on the same residual stream", "give them one dim",
+            )
+        self._check_shared()
+
+    def _check_shared(self):
+        written: set[str] = set()
+        for place, config in enumerate(self.period):
+            missing = set(config.reads) - written
+            if missing:
+                raise ConfigError(
+                    f"DecoderConfig.period[{place}] reads {sorted(missing)}",
+                    "no earlier layer of the period writes it",
+                    "put the writing layer in front",
+                )
+            written |= set(config.writes)
+
+    @property
+    def dim(self) -> int:
+        return self.period[0].dim
+
+    @property
+    def layers(self) -> int:
+        return len(self.period) * self.repeats
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding table."""
+        return round_up(self.vocab_size, self.vocab_multiple)
+
+    def param_count(self) -> int:
+        D = self.dim
+        block = sum(c.param_count() + swiglu_params(D, self.mlp_dim) + 2 * D for c in self.period)
+        return self.repeats * block + self.rows * D * (1 if self.tied else 2) + D
+
+    def flops(self, tokens: int, keys: int | None = None, mode: Mode = "train") -> float:
+        """Useful forward FLOPs of one row: visible attention pairs only, head included."""
+        keys = tokens if keys is None else keys
+        mlp = swiglu_flops(tokens, self.dim, self.mlp_dim)
+        block = sum(c.flops(tokens, keys, mode).useful + mlp for c in self.period)
+        return self.repeats * block + 2.0 * tokens * self.dim * self.rows
+
+    def cache_bytes(self, tokens: int, dtype: Any = None) -> int:
+        return self.repeats * sum(c.cache_bytes(tokens, dtype) for c in self.period)
+
+    def build(self, rngs: nnx.Rngs) -> Decoder:
+        return Decoder(self, rngs)
+
+
+class Block(nnx.Module):
+    """One pre-norm block: attention and SwiGLU, each on the residual stream."""
+
+    def __init__(self, config: DecoderConfig, attention: LayerConfig, rngs: nnx.Rngs):
+        self.config = config
+        D, dtype = config.dim, config.precision.params
+        self.attn_norm = parameter(rngs, ones, (D,), ("embed",), dtype)
+        self.attn = attention.build(rngs)
+        self.mlp_norm = parameter(rngs, ones, (D,), ("embed",), dtype)
+        self.mlp = SwiGLU(D, config.mlp_dim, config.precision, config.init_std, rngs)
+
+    def __call__(self, h, seq, cache, step: Literal["train", "prefill", "decode"], impl):
+        c = self.config
+        wide = jnp.dtype(c.precision.softmax)
+        x = rms_norm(h, self.attn_norm[...], c.norm_eps, wide)
+        if step == "train":
+            out = self.attn(x, seq, impl=impl)
+        else:
+            out = getattr(self.attn, step)(x, seq, cache, impl=impl)
+        h = h + out.y.astype(h.dtype)
+        x = rms_norm(h, self.mlp_norm[...], c.norm_eps, wide)
+        return h + self.mlp(x).astype(h.dtype), out.cache, out.aux or {}
+
+
+class Decoder(nnx.Module):
+    """The module of ``DecoderConfig``."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = c = config
+        dtype, init = c.precision.params, normal(c.init_std)
+        self.embedding = parameter(rngs, init, (c.rows, c.dim), ("vocab", "embed"), dtype)
+        self.blocks = nnx.List([_stack(c, attention, rngs) for attention in c.period])
+        self.final_norm = parameter(rngs, ones, (c.dim,), ("embed",), dtype)
+        if not c.tied:
+            self.head = parameter(rngs, init, (c.rows, c.dim), ("vocab", "embed"), dtype)
+
+    @property
+    def table(self) -> jax.Array:
+        """The head's table ``[rows, D]``."""
+        return self.embedding[...] if self.config.tied else self.head[...]
+
+    def hidden(self, tokens, seq: Seq, *, caches=None, step="train", impl=None):
+        """``(h[B, T, D], caches, aux)`` after the final norm; aux sums the layers' named scalars."""
+        c = self.config
+        seq.check(*tokens.shape)
+        h = jnp.take(self.embedding[...], tokens, axis=0).astype(c.precision.compute)
+        h = constrain(h, "batch", "time", "width")
+        h, caches, aux = self._repeat(h, seq, caches, step, impl)
+        wide = jnp.dtype(c.precision.softmax)
+        return rms_norm(h, self.final_norm[...], c.norm_eps, wide), caches, aux
+
+    def _repeat(self, h, seq, caches, step, impl):
+        c = self.config
+        graphdef, params = versions.split_module(self.blocks)
+        if caches is None:
+            caches = [None] * len(c.period)
+
+        def period(h, one):
+            params, caches = one
+            blocks = versions.merge_module(graphdef, params)
+            new, aux = [], {}
+            for block, cache in zip(blocks, caches, strict=True):
+                h, cache, scalars = block(h, seq, cache, step, impl)
+                new.append(cache)
+                for name, value in scalars.items():
+                    aux[name] = aux.get(name, 0) + value
+            return h, (new, aux)
+
+        if c.remat != "none" and step == "train":
+            period = jax.checkpoint(period, policy=_POLICIES[c.remat])
+        if c.scan and c.repeats > 1:
+            h, (caches, aux) = jax.lax.scan(period, h, (params, caches))
+            return h, caches, jax.tree.map(lambda a: a.sum(0), aux)
+        outs = []
+        for i in range(c.repeats):
+            h, out = period(h, jax.tree.map(lambda a, i=i: a[i], (params, caches)))
+            outs.append(out)
+        caches, aux = jax.tree.map(lambda *a: jnp.stack(a), *outs)
+        return h, caches, jax.tree.map(lambda a: a.sum(0), aux)
+
+    def loss(self, tokens, targets, weights, seq: Seq, *, impl=None):
+        """``(total, nll, aux)``: sums over weighted tokens; divide by ``weights.sum()``."""
+        c = self.config
+        h, _, aux = self.hidden(tokens, seq, impl=impl)
+        total, nll = cross_entropy(
+            h, self.table, targets, weights, vocab_size=c.vocab_size, z_loss=c.z_loss,
+            chunk=c.loss_chunk,
+        )
+        return total, nll, aux
+
+    def logits(self, h: jax.Array) -> jax.Array:
+        """``h[..., D]`` to fp32 logits ``[..., vocab_size]``."""
+        z = jnp.einsum(
+            "...d,vd->...v", h, self.table.astype(h.dtype),
+            preferred_element_type=jnp.dtype(self.config.precision.softmax),
+        )
+        return z[..., : self.config.vocab_size]
+
+    def init_caches(self, batch: int, capacity: int, dtype=None) -> list:
+        """One stacked cache a place in the period."""
+        repeats = self.config.repeats
+        caches = []
+        for block in _first(self.blocks):
+            cache = block.attn.init_cache(batch, capacity, dtype)
+            caches.append(
+                jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), cache)
+            )
+        return caches
+
+    def prefill(self, tokens, seq: Seq, caches, *, impl=None):
+        """``(h[B, T, D], caches)``; may be called repeatedly."""
+        return self.hidden(tokens, seq, caches=caches, step="prefill", impl=impl)[:2]
+
+    def decode(self, tokens, seq: Seq, caches, *, impl=None):
+        """``(h[B, t, D], caches)`` for 1 to 8 tokens."""
+        return self.hidden(tokens, seq, caches=caches, step="decode", impl=impl)[:2]
+
+    @staticmethod
+    def axes(module: Decoder) -> dict:
+        """Logical axes of every parameter; stacked leaves have ``layers`` in front."""
+        axes = versions.module_axes(module)
+        is_axes = lambda a: isinstance(a, tuple)  # noqa: E731
+        axes["blocks"] = jax.tree.map(lambda a: ("layers", *a), axes["blocks"], is_leaf=is_axes)
+        return axes
+
+
+def _stack(config: DecoderConfig, attention: LayerConfig, rngs: nnx.Rngs) -> Block:
+    """``repeats`` blocks with independent parameters, stacked leaf by leaf."""
+    keys = jax.random.split(rngs.params(), config.repeats)
+
+    def init(key):
+        return versions.split_module(Block(config, attention, nnx.Rngs(params=key)))[1]
+
+    graphdef, _ = versions.abstract_split(lambda: Block(config, attention, nnx.Rngs(params=0)))
+    return versions.merge_module(graphdef, jax.vmap(init)(keys))
+
+
+def _first(blocks):
+    """The blocks of the first repeat (for what does not depend on parameters)."""
+    graphdef, params = versions.split_module(blocks)
+    return versions.merge_module(graphdef, jax.tree.map(lambda a: a[0], params))

@@ -1,0 +1,342 @@
+"""``attnlab train``: one run from recipe to checkpoint, metrics, plot and sample."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import signal
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from attnlab.core import config as configs
+from attnlab.core.errors import CheckpointError, ConfigError, NonFiniteError
+from attnlab.infer.evaluate import evaluate
+from attnlab.parallel import processes
+from attnlab.parallel.feed import batch_shard, place
+from attnlab.train import checkpoint, metrics, recipe as recipes, trackers
+from attnlab.train.data import eval_batches, make_loader
+from attnlab.train.progress import Reporter
+from attnlab.train.recipe import Recipe
+from attnlab.train.setup import Run, prepare
+
+MAX_STREAK = 10
+_OWN_FILES = ("config.json", "metrics.jsonl", "loss.png", "sample.txt", "checkpoints", "tb")
+# What may differ when a run goes on: how far, where and how often, never what is computed.
+_MAY_CHANGE = (
+    "train.steps", "train.mesh", "train.impl", "train.log_every", "train.eval_every",
+    "train.eval_rows", "train.checkpoint_every", "train.keep", "train.sample_tokens",
+    "model.remat", "model.scan", "model.loss_chunk", "name",
+)
+
+
+def run(
+    recipe: Recipe | None, out: str, overrides: list[str] | None = None, *, resume: bool = False,
+    overwrite: bool = False, init_from: str | None = None,
+    profile: tuple[int, int] | None = None, trackers_wanted: tuple[str, ...] = (),
+    plain: bool = False,
+) -> int:
+    """Train, and return the exit code.
+
+    Args:
+        recipe: what to run; None with ``resume`` (then the stored one, changed by ``overrides``).
+        out: run folder, local or remote. resume: go on from its newest good checkpoint.
+        overwrite: replace the run that is there. init_from: a run folder to take weights from.
+        profile: steps to trace into ``out/profile``. trackers_wanted: "tb", "wandb".
+        plain: no progress bar.
+    """
+    processes.start()
+    folder = epath.Path(out)
+    recipe = _choose_recipe(recipe, folder, overrides or [], resume, overwrite)
+    reporter = Reporter(recipe.train.steps, first=processes.is_first(), plain=plain)
+    try:
+        with _Stop() as stop:
+            prepared = prepare(recipe, reporter.say)
+            return _Session(
+                prepared, folder, reporter, resume, init_from, profile, trackers_wanted
+            ).run(stop)
+    finally:
+        reporter.stop()
+
+
+def _choose_recipe(recipe, folder, overrides, resume, overwrite) -> Recipe:
+    stored = folder / "config.json"
+    if resume and (stored.exists() or recipe is None):
+        if not stored.exists():
+            raise CheckpointError(
+                f"{folder}", "holds no run to resume", "start it without --resume"
+            )
+        before = recipes.from_json(str(stored))
+        after = recipe if recipe is not None else before
+        after = configs.override(after, overrides)
+        _check_same(before, after)
+        return after
+    assert recipe is not None  # with --resume and no run yet: a restart before the first start
+    recipe = configs.override(recipe, overrides)
+    taken = [name for name in _OWN_FILES if (folder / name).exists()]
+    processes.barrier("attnlab_folder_checked")
+    if taken and not overwrite:
+        raise ConfigError(
+            f"--out {folder}", f"holds a run already ({', '.join(taken)})",
+            "pass --resume to go on, --overwrite to start over, or another --out",
+        )
+    if processes.is_first():
+        for name in taken:
+            path = folder / name
+            path.rmtree() if path.is_dir() else path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        stored.write_text(recipe.to_json())
+    processes.barrier("attnlab_folder_ready")
+    return recipe
+
+
+def _check_same(before: Recipe, after: Recipe) -> None:
+    def flat(value: Any, path: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            items = value.items()
+        elif isinstance(value, list):
+            items = enumerate(value)
+        else:
+            return {path: value}
+        out: dict[str, Any] = {}
+        for key, item in items:
+            out |= flat(item, f"{path}.{key}" if path else str(key))
+        return out
+
+    old, new = flat(configs.to_dict(before)), flat(configs.to_dict(after))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name) and name not in _MAY_CHANGE:
+            raise CheckpointError(
+                f"--resume with {name} = {new.get(name)!r}",
+                f"the run was started with {old.get(name)!r}",
+                "drop the flag, or start another run with --init-from",
+            )
+
+
+class _Stop:
+    """SIGTERM asks the loop to save and leave; in a single process we listen ourselves."""
+
+    def __init__(self):
+        self.signalled = False
+
+    def __enter__(self):
+        if jax.process_count() == 1:
+            with contextlib.suppress(ValueError):  # not in the main thread: nobody signals it
+                self._before = signal.signal(signal.SIGTERM, self._set)
+        return self
+
+    def _set(self, *_):
+        self.signalled = True
+
+    def __exit__(self, *_):
+        if hasattr(self, "_before"):
+            signal.signal(signal.SIGTERM, self._before)
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A dispatched step whose metrics are still on the device, and when it was dispatched."""
+
+    step: int
+    values: dict[str, jax.Array]
+    at: float
+
+
+class _Session:
+    def __init__(self, run: Run, folder, reporter, resume, init_from, profile, wanted):
+        self.run_, self.folder, self.reporter = run, folder, reporter
+        self.recipe, self.trainer = run.recipe, run.trainer
+        self.config = run.recipe.train
+        self.first = processes.is_first()
+        self.profile = profile
+        self.checkpoints = checkpoint.Checkpoints(folder / "checkpoints", self.config.keep)
+        shape = (self.config.batch, self.config.seq_len)
+        index, count = batch_shard(self.trainer.batch_sharding, shape)
+        self.shard = {"shard_index": index, "shard_count": count}
+        self.loader = make_loader(
+            run.train_rows, batch=self.config.batch, seed=self.recipe.data.seed, **self.shard
+        )
+        self.state = self._start(resume, init_from)
+        self.start = int(self.state.step)
+        self.trackers = self._open_trackers(wanted)
+        self.pending: collections.deque[_Pending] = collections.deque()
+        self.clock: tuple[float, int] | None = None  # when and at which step the last row was
+
+    def _start(self, resume: bool, init_from: str | None):
+        if resume and self.checkpoints.steps():
+            state, data, meta = self.checkpoints.restore(self.trainer, report=self.reporter.say)
+            if meta["fingerprint"] != self.run_.fingerprint:
+                raise CheckpointError(
+                    f"corpus fingerprint {self.run_.fingerprint}",
+                    f"the run was trained on {meta['fingerprint']}",
+                    "pass the same --data, or start another run with --init-from",
+                )
+            self.loader.set_state(data)
+            self.reporter.say(f"resumed {self.folder} at step {int(state.step)}")
+            return state
+        state = self.trainer.init(self.config.seed)
+        if init_from is not None:
+            params = checkpoint.restore_params(
+                epath.Path(init_from) / "checkpoints", self.trainer
+            )
+            state = dataclasses.replace(state, params=params)
+            self.reporter.say(f"weights from {init_from}")
+        return state
+
+    def _open_trackers(self, wanted) -> list:
+        if not self.first:
+            return []
+        opened: list = [trackers.JsonLines(self.folder / "metrics.jsonl", self.start)]
+        if "tb" in wanted:
+            opened.append(trackers.TensorBoard(self.folder / "tb"))
+        if "wandb" in wanted:
+            opened.append(
+                trackers.WandB(self.folder, self.recipe.name, configs.to_dict(self.recipe))
+            )
+        return opened
+
+    def run(self, stop: _Stop) -> int:
+        steps, c = self.config.steps, self.config
+        stopped = False
+        try:
+            for step in range(self.start + 1, steps + 1):
+                self._profile(step)
+                batch = place(next(self.loader), self.trainer.batch_sharding)
+                self.state, values = self.trainer.step(self.state, batch)
+                if step == self.start + 1:
+                    jax.block_until_ready(values)  # compilation is not training time
+                self.pending.append(_Pending(step, values, time.monotonic()))
+                evaluates = step == steps or (c.eval_every and step % c.eval_every == 0)
+                saves = step == steps or (c.checkpoint_every and step % c.checkpoint_every == 0)
+                stopped = step < steps and processes.preempted(step, stop.signalled)
+                self._drain(0 if evaluates or saves or stopped else 2, bool(evaluates))
+                if saves or stopped:
+                    with self._pause():
+                        self._save()
+                if stopped:
+                    break
+        finally:
+            self._finish_profile()
+            self.checkpoints.wait()
+            for tracker in self.trackers:
+                tracker.close()
+        self.checkpoints.close()
+        self.reporter.stop()
+        if stopped:
+            self.reporter.say(
+                f"SIGTERM: saved step {step} in {self.folder}; go on with "
+                f"`attnlab train --resume --out {self.folder}`"
+            )
+            return 0
+        self._finish()
+        return 0
+
+    def _drain(self, left: int, evaluates: bool) -> None:
+        """Read the metrics of all but the last ``left`` steps; the device works on meanwhile."""
+        while len(self.pending) > left:
+            item = self.pending.popleft()
+            last = evaluates and not self.pending
+            values = {k: float(v) for k, v in jax.device_get(item.values).items()}
+            self._check_finite(item.step, values)
+            first = item.step == self.start + 1 and self.start == 0
+            if last or first or item.step % self.config.log_every == 0:
+                self._log(item, values, last)
+
+    def _check_finite(self, step: int, values: dict) -> None:
+        if values["streak"] >= MAX_STREAK:
+            raise NonFiniteError(
+                f"loss = {values['loss']}, gradient norm = {values['grad_norm']} at step {step}",
+                f"{MAX_STREAK} steps in a row were not finite and were skipped",
+                "lower the learning rate or --set optimizer.clip_norm, and look at the data",
+            )
+
+    def _log(self, item: _Pending, values: dict, validate: bool) -> None:
+        c, step = self.config, item.step
+        speed: dict[str, Any] = {"tokens_per_s": None, "tflops_per_s": None, "mfu": None}
+        if self.clock is not None and step > self.clock[1]:
+            seconds = max(item.at - self.clock[0], 1e-9) / (step - self.clock[1])
+            speed = metrics.rates(self.recipe.model, c.batch, c.seq_len, seconds)
+        self.clock = (item.at, step)
+        validation = {}
+        if validate:
+            with self._pause():
+                validation = self._validate()
+        row = {
+            "step": step,
+            "tokens": step * c.batch * c.seq_len,
+            "loss": values.pop("loss"),
+            "grad_norm": values.pop("grad_norm"),
+            "lr": float(self.trainer.lr(step - 1)),
+            **validation,
+            **speed,
+            "skipped": int(values.pop("skipped")),
+            **{k: v for k, v in values.items() if k not in ("streak", "loss_tokens")},
+        }
+        for tracker in self.trackers:
+            tracker.log(row)
+        self.reporter.row(row)
+
+    @contextlib.contextmanager
+    def _pause(self):
+        """What happens inside is not training time."""
+        started = time.monotonic()
+        yield
+        if self.clock is not None:
+            self.clock = (self.clock[0] + time.monotonic() - started, self.clock[1])
+
+    def _validate(self) -> dict:
+        rows, c = self.run_.val_rows, self.config
+        limit = -(-c.eval_rows // c.batch) if c.eval_rows else None
+        batches = eval_batches(rows, c.batch, max_batches=limit, **self.shard)
+        result = evaluate(
+            self.trainer, self.state.params, batches, bytes_per_token=rows.bytes_per_token
+        )
+        return {"val_loss": result.nats_per_token, "val_bits_per_byte": result.bits_per_byte}
+
+    def _save(self) -> None:
+        self.checkpoints.save(
+            self.state, self.loader.get_state(), self.run_.meta(), self.trainer.replicated
+        )
+        for tracker in self.trackers:
+            tracker.flush()
+
+    def _profile(self, step: int) -> None:
+        if self.profile and step == max(self.profile[0], self.start + 1):
+            jax.profiler.start_trace(str(self.folder / "profile"))
+            self._tracing = True
+        if self.profile and step > self.profile[1]:
+            self._finish_profile()
+
+    def _finish_profile(self) -> None:
+        if getattr(self, "_tracing", False):
+            jax.block_until_ready(self.state.params)
+            jax.profiler.stop_trace()
+            self._tracing = False
+            self.reporter.say(f"trace written to {self.folder / 'profile'} (open it with xprof)")
+
+    def _finish(self) -> None:
+        """Plot, sample and what to try next."""
+        sample = self.run_.sample(self.state.params) if self.config.sample_tokens else None
+        if not self.first:
+            return
+        rows = trackers.read(self.folder / "metrics.jsonl")
+        trackers.plot_loss(rows, self.folder / "loss.png", f"{self.recipe.name}")
+        if sample is not None:
+            (self.folder / "sample.txt").write_text(sample)
+            self.reporter.say(f"\nsample:\n{sample}\n")
+        last = rows[-1]
+        self.reporter.say(
+            f"done: step {last['step']}, train loss {last['loss']:.4f} nats, validation "
+            f"{last['val_loss']:.4f} nats"
+            + (
+                f", {last['val_bits_per_byte']:.4f} bits/byte"
+                if last.get("val_bits_per_byte") is not None else ""
+            )
+        )
+        self.reporter.say(
+            f"next: attnlab generate {self.folder} --prompt 'def '   or compare: "
+            f"attnlab train --attention mla --out {self.folder}-mla"
+        )

@@ -1,0 +1,32 @@
+"""Settings of every test process; they must stand before jax starts."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEVICES = [*pathlib.Path("/dev").glob("nvidia[0-9]*"), *pathlib.Path("/dev").glob("accel*")]
+CPU = os.environ.get("JAX_PLATFORMS", "" if DEVICES else "cpu") == "cpu"
+
+if CPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Tiny programs: compile time is what counts, and xdist already uses the cores.
+    os.environ.setdefault(
+        "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
+    )
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+if CPU:
+    folder = ROOT / ".pytest_cache" / f"jax-{jax.__version__}"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_debug_nans", False)  # an empty attention row makes -inf on purpose
+
+
+@pytest.fixture(scope="session")
+def root() -> pathlib.Path:
+    """The repository."""
+    return ROOT
