@@ -63,7 +63,15 @@ def _repeat_kv(params: dict) -> dict:
     return params | twice
 
 
+def _cca_reach(config) -> int | None:
+    """The window, from whose first key the convolutions or the value shift look further back."""
+    behind = max(config.history, int(config.value_shift))
+    return None if config.window is None else config.window + behind
+
+
 _GQA = {"dim": 24, "num_heads": 4}
+_SQA = {"dim": 24, "num_heads": 4, "num_heads_total": 6}
+_CCA = {"dim": 24, "num_heads": 4, "head_dim": 4}
 _MLA = {"dim": 16, "num_heads": 4, "kv_rank": 8, "nope_dim": 6, "rope_dim": 4, "value_dim": 5}
 
 CASES: dict[str, Case] = {
@@ -106,6 +114,51 @@ CASES: dict[str, Case] = {
             Same("window of the whole row", _MLA | {"window": 24}, _MLA),
             Same("yarn of factor 1", _MLA | {"yarn": Yarn(factor=1)}, _MLA),
         ),
+    ),
+    "sqa": Case(
+        configs=(
+            _SQA | {"num_kv_heads": 2},
+            _SQA | {"num_heads": 2, "num_kv_heads": 4, "window": 5, "sink_tokens": 1,
+                    "sink_logits": True, "qk_norm": True},
+            _SQA | {"num_heads": 2, "num_kv_heads": 1, "gate": True, "out_bias": True, "bias": True,
+                    "value_dim": 5, "window": 4, "rotary_fraction": 0.5},
+        ),
+        oracle="attnlab.testing.oracle_sqa:sqa_oracle",
+        bad=(
+            {"num_kv_heads": 3}, {"num_kv_heads": 0}, {"num_heads_total": 5},
+            {"num_heads_total": 0}, {"window": 0}, {"sink_tokens": -1}, {"rotary_fraction": -0.5},
+            {"logit_cap": -1.0}, {"scale": 0.0},
+        ),
+        same=(
+            Same("all the heads of the model", _GQA | {"num_heads_total": 4}, _GQA,
+                 right_variant="gqa"),
+            Same("window of the whole row", _SQA | {"window": 24}, _SQA),
+        ),
+    ),
+    "cca": Case(
+        configs=(
+            _CCA,
+            _CCA | {"num_kv_heads": 2, "window": 5, "sink_tokens": 2, "sink_logits": True,
+                    "conv_widths": (3, 4), "temperature_mode": "raw"},
+            _CCA | {"num_kv_heads": 1, "head_dim": 6, "convs": 1, "conv_bias": False,
+                    "value_shift": False, "rotary_fraction": 0.7, "logit_cap": 3.0},
+            _CCA | {"num_kv_heads": 4, "conv_widths": (2, 3), "temperature_mode": "exp_clamp",
+                    "window": 4, "conv_init": "identity", "rope_pairing": "interleaved"},
+        ),
+        oracle="attnlab.testing.oracle_cca:cca_oracle",
+        bad=(
+            {"head_dim": None}, {"num_kv_heads": 3}, {"conv_widths": (0, 2)},
+            {"conv_widths": (2, 2, 2)}, {"convs": 3}, {"temperature_mode": "log"},
+            {"conv_init": "zeros"}, {"window": 0}, {"logit_cap": 0.0}, {"norm_eps": -1.0},
+        ),
+        same=(
+            Same("without its parts it is grouped-query attention",
+                 _CCA | {"num_kv_heads": 2, "convs": 0, "value_shift": False, "qk_mean": False,
+                         "qk_norm": False},
+                 _CCA | {"num_kv_heads": 2}, right_variant="gqa"),
+            Same("window of the whole row", _CCA | {"window": 24}, _CCA),
+        ),
+        reach=_cca_reach,
     ),
 }
 

@@ -16,6 +16,7 @@ import pytest
 
 from attnlab import cli
 from attnlab.analysis import check, explain, listing
+from attnlab.commands import convert, generate, parsing, printing, train
 from attnlab.core.dispatch import Device
 from attnlab.core.errors import ConfigError
 from attnlab.core.registry import VARIANTS, build_config, name_of
@@ -23,6 +24,10 @@ from attnlab.core.types import Precision
 from attnlab.train import recipe as recipes
 
 NAMES = list(VARIANTS)
+
+
+def parse(argv: list[str]):
+    return parsing.parse(argv, cli.COMMANDS)
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
@@ -46,7 +51,7 @@ def test_help_shows_an_example(command, capsys):
 def test_examples_parse(command):
     for line in cli.COMMANDS[command].example.splitlines():
         words = re.findall(r"'[^']*'|\S+", line)
-        args = cli.parse([word.strip("'") for word in words[1:]])
+        args = parse([word.strip("'") for word in words[1:]])
         assert args.run is cli.COMMANDS[command].run and not args.debug
 
 
@@ -107,7 +112,7 @@ def test_exit_codes_and_debug(capsys, monkeypatch):
     def fail(args):
         raise raised["error"]
 
-    broken = cli.Command("Fail.", "attnlab list", lambda parser: None, fail)
+    broken = parsing.Command("Fail.", "attnlab list", lambda parser: None, fail)
     monkeypatch.setitem(cli.COMMANDS, "list", broken)
     for error, code in (
         (ConfigError("a = 1", "is bad", "use 2"), 2),
@@ -127,23 +132,23 @@ def test_exit_codes_and_debug(capsys, monkeypatch):
 
 
 def test_flags_become_overrides():
-    args = cli.parse(
+    args = parse(
         "train --data a b --steps 3 --seed 7 --mesh data=2,fsdp=-1 --tokenizer 12 "
         "--set train.steps=5".split()
     )
-    recipe = recipes.load("quickstart", cli.overrides(args))
+    recipe = recipes.load("quickstart", train.overrides(args))
     assert recipe.data.data == ("a", "b") and recipe.data.tokenizer == "12"
     assert recipe.train.seed == recipe.data.seed == 7
     assert recipe.train.mesh == "data=2,fsdp=-1"
     assert recipe.train.steps == 5, "--set wins"
-    assert recipes.load("350m", cli.overrides(cli.parse(["train"]))) == recipes.load("350m")
+    assert recipes.load("350m", train.overrides(parse(["train"]))) == recipes.load("350m")
 
 
 def test_every_short_names_real_fields():
     from attnlab.core.config import to_dict
 
-    known = cli._flat(to_dict(recipes.load("quickstart")))
-    for short in (short for shorts in cli._SHORTS.values() for short in shorts):
+    known = train.flat(to_dict(recipes.load("quickstart")))
+    for short in (short for shorts in train.SHORTS.values() for short in shorts):
         assert set(short.fields) <= known.keys(), short
 
 
@@ -170,6 +175,9 @@ def test_train_calls_the_loop(monkeypatch):
     assert seen["trackers_wanted"] == ("tb",) and seen["profile"] == (3, 5)
     assert cli.main("train --resume --out runs/x --set train.steps=9".split()) == 7
     assert seen["recipe"] is None and seen["resume"] and seen["overrides"] == ["train.steps=9"]
+    assert cli.main("train 350m --attention mla --resume --out runs/x".split()) == 7
+    assert seen["resume"] and seen["recipe"].name == "350m", "for a restart before the first start"
+    assert name_of(type(seen["recipe"].model.period[0])) == "mla"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -201,7 +209,7 @@ def test_list_names_everything(capsys):
     assert code == 0
     for word in (*NAMES, *recipes.RECIPES, "Ainslie", "xla"):
         assert word in out
-    assert max(map(len, out.splitlines())) <= cli.PLAIN_WIDTH and "…" not in out
+    assert max(map(len, out.splitlines())) <= printing.PLAIN_WIDTH and "…" not in out
 
 
 def test_list_json(capsys):
@@ -349,8 +357,9 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def run_folder(trained, monkeypatch):
     """Every folder is the run ``trained``."""
-    restore = types.SimpleNamespace(load_run=lambda path, step=None: trained)
-    monkeypatch.setitem(sys.modules, "attnlab.train.restore", restore)
+    from attnlab.train import restore
+
+    monkeypatch.setattr(restore, "load_run", lambda path, step=None: trained)
     return "runs/x"
 
 
@@ -399,8 +408,8 @@ def test_convert(run_folder, trained, capsys, tmp_path):
 
 
 def test_generated_text_is_cut_at_stop_words():
-    assert cli.cut("abc def", ["def", "c"]) == "ab" and cli.cut("abc", ["x"]) == "abc"
-    assert cli.cut("abc", []) == "abc"
+    assert generate.cut("abc def", ["def", "c"]) == "ab" and generate.cut("abc", ["x"]) == "abc"
+    assert generate.cut("abc", []) == "abc"
 
 
 @pytest.mark.parametrize("layout", ["stacked", "unstacked"])
@@ -408,11 +417,11 @@ def test_generated_text_is_cut_at_stop_words():
 def test_convert_writes_parameters(kind, layout, tmp_path):
     params = {"embedding": np.ones((4, 2), np.float32),
               "blocks": {"0": {"attn": {"w": np.arange(6.0, dtype=np.float32).reshape(3, 2)}}}}
-    arrays = cli.named_arrays(params, layout)
+    arrays = convert.named_arrays(params, layout)
     names = {f"blocks.{i}.attn.w" for i in range(1 if layout == "stacked" else 3)}
     assert arrays.keys() == {"embedding"} | names
     out = str(tmp_path / f"model.{kind}")
-    write = {"npz": cli._write_npz, "safetensors": cli._write_safetensors}[kind]
+    write = {"npz": convert.write_npz, "safetensors": convert.write_safetensors}[kind]
     if kind == "safetensors":
         flax_file = pytest.importorskip("safetensors.flax")
         arrays["half"] = np.asarray(jnp.full((2,), 0.5, jnp.bfloat16))
@@ -429,7 +438,7 @@ def test_convert_writes_parameters(kind, layout, tmp_path):
 def test_npz_refuses_bfloat16(tmp_path):
     half = {"w": np.asarray(jnp.ones(2, jnp.bfloat16))}
     with pytest.raises(ConfigError, match="use --to safetensors"):
-        cli._write_npz(half, str(tmp_path / "x.npz"), {})
+        convert.write_npz(half, str(tmp_path / "x.npz"), {})
 
 
 def test_tokenize_and_read_back(tmp_path, capsys):

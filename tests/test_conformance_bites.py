@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_conformance import CHECKS, Subject
+import test_conformance  # noqa: F401 - registers the checks
+from subject import CHECKS, Subject
 
 from attnlab.core.cache import KVCache, segments_of
 from attnlab.core.mask import Causal, Window

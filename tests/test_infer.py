@@ -316,7 +316,8 @@ def test_sample_checks_shape_and_key():
 
 
 def test_uniform_model_has_log_vocab_nats():
-    from attnlab.train.data import PackedRows, eval_batches
+    from attnlab.data.packing import PackedRows
+    from attnlab.train.data import eval_batches
     from attnlab.train.optimizer import OptimizerConfig
     from attnlab.train.state import Trainer
 

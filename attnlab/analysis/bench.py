@@ -66,7 +66,8 @@ def train(
 
     from attnlab.core import dispatch
     from attnlab.parallel.feed import place
-    from attnlab.train import metrics, recipe as recipes
+    from attnlab.train import metrics
+    from attnlab.train import recipe as recipes
     from attnlab.train.data import make_loader
     from attnlab.train.setup import make_trainer, read_data
 
@@ -161,8 +162,10 @@ def _check_attention(recipe) -> float:
         layer = config.build(nnx.Rngs(0))
         x = jax.random.normal(jax.random.key(1), (2, 256, config.dim))
         seq = Seq.full(2, 256)
-        fast = jax.jit(lambda x, m=layer: m(x, seq, impl=recipe.train.impl).y)(x)
-        slow = jax.jit(lambda x, m=layer: m(x, seq, impl="reference").y)(x)
+        fast, slow = (
+            jax.jit(lambda x, m=layer, s=seq, i=impl: m(x, s, impl=i).y)(x)
+            for impl in (recipe.train.impl, "reference")
+        )
         fast, slow = fast.astype(jnp.float32), slow.astype(jnp.float32)
         error = float(jnp.linalg.norm(fast - slow) / jnp.linalg.norm(slow))
         limit = 2e-2 if config.precision.compute == "bfloat16" else 1e-4

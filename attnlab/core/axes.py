@@ -1,4 +1,4 @@
-"""Logical axes: parameters, caches and activations name their axes, one table maps names to the mesh.
+"""Logical axes: parameters, caches and activations name theirs, one table maps names to the mesh.
 
 Names: parameters use ``embed`` (D), ``heads`` (N), ``kv_heads`` (K), ``head`` (H or V), ``latent``
 (R), ``mlp``, ``vocab``, ``experts``, ``layers`` (stacked); activations use ``batch``, ``time``,
@@ -49,7 +49,7 @@ def ones(key, shape, dtype):
 
 
 def spec(axes: Axes, rules: Rules, mesh: Mesh) -> PartitionSpec:
-    """The partition of an array with these logical axes; a mesh axis is used once, left to right."""
+    """The partition of an array with these axes; a mesh axis is used once, left to right."""
     used: set[str] = set()
     parts: list[Any] = []
     for name in axes:

@@ -1,8 +1,8 @@
 """Decode caches: immutable pytrees whose slots remember the position and segment of their token.
 
 A slot holds one real token. Padding (segment 0) is not written, so ragged prompts waste nothing and
-``length[b]`` counts real tokens. An unwritten slot has segment 0, which no query sees: the mask of a
-cached pass is the mask of training.
+``length[b]`` counts real tokens. An unwritten slot has segment 0, which no query sees: the mask of
+a cached pass is the mask of training.
 """
 
 from __future__ import annotations
@@ -90,17 +90,13 @@ class TokenCache:
         }
 
     def write(self, seq: Seq, **values: jax.Array) -> Self:
-        """Append the real tokens of ``seq``; ``values`` gives ``[B, T, ...]`` for every token field.
+        """Append the real tokens of ``seq``; ``values`` gives ``[B, T, ...]`` of every token field.
 
         Raises ShapeError if they do not fit. Under a trace only the static bound ``T <= capacity``
         can be checked; ``infer.generate`` checks the rest on the host before it starts.
         """
         batch, tokens = seq.positions.shape
-        if batch != self.positions.shape[0]:
-            raise ShapeError(
-                f"cache batch = {self.positions.shape[0]}", f"tokens have batch {batch}",
-                "build the cache with the batch of the tokens",
-            )
+        self.check_batch(batch)
         real = segments_of(seq) > 0
         total = self.length + real.sum(axis=1, dtype=jnp.int32)
         self._check_room(tokens, total)
@@ -115,6 +111,14 @@ class TokenCache:
             for name, value in values.items()
         }
         return dataclasses.replace(self, length=total, **new)
+
+    def check_batch(self, batch: int) -> None:
+        """Raise ShapeError unless the cache has this many rows."""
+        if batch != self.positions.shape[0]:
+            raise ShapeError(
+                f"cache batch = {self.positions.shape[0]}", f"tokens have batch {batch}",
+                "build the cache with the batch of the tokens",
+            )
 
     def _check_room(self, tokens: int, total: jax.Array) -> None:
         longest = tokens if isinstance(total, jax.core.Tracer) else int(total.max())

@@ -1,4 +1,4 @@
-"""Configs are frozen dataclasses; this turns them to JSON and back and changes one field by name."""
+"""Configs are frozen dataclasses: to JSON and back, and one field changed by name."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
             raise ConfigError(f"{where} = {data!r}", "must be a list", "write [a, b]")
         kinds = args[:1] * len(data) if args[-1:] == (...,) else args
         if len(kinds) != len(data):
-            raise ConfigError(f"{where} = {data!r}", f"must have {len(kinds)} entries", "see --help")
+            rule = f"must have {len(kinds)} entries"
+            raise ConfigError(f"{where} = {data!r}", rule, "see --help")
         return tuple(
             from_dict(k, d, f"{where}[{i}]") for i, (k, d) in enumerate(zip(kinds, data))
         )
@@ -54,7 +55,8 @@ def from_dict(kind: Any, data: Any, where: str = "config") -> Any:
 
 def _dataclass(kind, data, where):
     if not isinstance(data, dict):
-        raise ConfigError(f"{where} = {data!r}", f"must be the fields of a {kind.__name__}", "see --help")
+        rule = f"must be the fields of a {kind.__name__}"
+        raise ConfigError(f"{where} = {data!r}", rule, "see --help")
     data = dict(data)
     if kind is LayerConfig:
         kind = registry.get(data.pop("variant", "")).config()

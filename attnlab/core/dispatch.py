@@ -1,4 +1,4 @@
-"""Which implementation serves a call: decided at trace time, from static facts, never in silence."""
+"""Which implementation serves a call: decided at trace time from static facts, and reported."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ class Verdict:
     chosen: bool
 
 
-_record: contextvars.ContextVar[list | None] = contextvars.ContextVar("attnlab_record", default=None)
+_record: contextvars.ContextVar[list | None] = contextvars.ContextVar(
+    "attnlab_record", default=None
+)
 
 
 @contextlib.contextmanager

@@ -79,7 +79,15 @@ class LayerConfig:
             value = getattr(self, name)
             self.require(
                 isinstance(value, int) and value >= 1,
-                f"{name} = {value!r}", "must be an integer of at least 1", f"set {name} to 1 or more",
+                f"{name} = {value!r}", "must be an integer of at least 1", f"set {name} to 1",
+            )
+
+    def require_above_zero(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self.require(
+                value is None or value > 0,
+                f"{name} = {value}", "must be positive", "leave it out for the default",
             )
 
     def build(self, rngs: nnx.Rngs) -> Layer:
@@ -129,8 +137,8 @@ class Layer(nnx.Module):
         self.check_decode(x)
         return self.prefill(x, seq, cache, impl=impl)
 
-    def check(self, x: jax.Array, seq: Seq) -> None:
-        """Raise ShapeError unless ``x`` is ``[B, T, D]`` and ``seq`` describes it."""
+    def check(self, x: jax.Array, seq: Seq, cache: Any = None) -> None:
+        """Raise ShapeError unless ``x`` is ``[B, T, D]``, ``seq`` describes it, ``cache`` fits B."""
         dim = self.config.dim
         if x.ndim != 3 or x.shape[-1] != dim or x.shape[1] < 1:
             raise ShapeError(
@@ -139,6 +147,8 @@ class Layer(nnx.Module):
                 "pass activations, not token ids, of the config's dim",
             )
         seq.check(x.shape[0], x.shape[1])
+        if cache is not None:
+            cache.check_batch(x.shape[0])
 
     def check_decode(self, x: jax.Array) -> None:
         if x.ndim == 3 and not 1 <= x.shape[1] <= MAX_DECODE:

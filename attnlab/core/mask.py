@@ -17,6 +17,8 @@ import numpy as np
 
 from attnlab.core.errors import ConfigError
 
+STATIC = {"static": True}  # a field fixed at trace time
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +83,8 @@ def _require(condition, what: str, rule: str, fix: str) -> None:
         raise ConfigError(what, rule, fix)
 
 
-def _mask(cls=None, *, static: tuple[str, ...] = ()):
-    """Register a frozen dataclass mask as a pytree; ``static`` names fields fixed at trace time."""
-
-    def wrap(cls):
-        cls = dataclasses.dataclass(frozen=True)(cls)
-        names = [f.name for f in dataclasses.fields(cls)]
-        return jax.tree_util.register_dataclass(
-            cls, data_fields=[n for n in names if n not in static], meta_fields=list(static)
-        )
-
-    return wrap if cls is None else wrap(cls)
-
-
-@_mask
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class And(Mask):
     left: Mask
     right: Mask
@@ -106,7 +96,8 @@ class And(Mask):
         return jnp.logical_and(self.left.maybe(q, k), self.right.maybe(q, k))
 
 
-@_mask
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Or(Mask):
     left: Mask
     right: Mask
@@ -123,7 +114,8 @@ def _distance(q: Coords, k: Coords) -> jax.Array:
     return q.positions[:, None, :, None] - k.positions[:, None, None, :]
 
 
-@_mask
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Full(Mask):
     """Every key is visible."""
 
@@ -131,7 +123,8 @@ class Full(Mask):
         return jnp.ones((1, 1, q.index.shape[0], k.index.shape[0]), bool)
 
 
-@_mask
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Causal(Mask):
     """Keys at the query's position or before."""
 
@@ -142,15 +135,16 @@ class Causal(Mask):
         return k.first <= q.last
 
 
-@_mask(static=("size", "ahead"))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Window(Mask):
     """The last ``size`` keys, the query's own included, and at most ``ahead`` keys after it.
 
     ``ahead=None`` sets no limit in front: compose with ``Causal()``.
     """
 
-    size: int
-    ahead: int | None = None
+    size: int = dataclasses.field(metadata=STATIC)
+    ahead: int | None = dataclasses.field(default=None, metadata=STATIC)
 
     def __post_init__(self):
         _require(
@@ -176,30 +170,33 @@ class Window(Mask):
         return near if self.ahead is None else near & (k.first - q.last <= self.ahead)
 
 
-@_mask
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Segments(Mask):
     """Keys of the query's own segment; segment 0 is padding and sees nothing."""
 
     def visible(self, q, k):
-        self._check(q.segments, k.segments)
-        a, b = q.segments[:, None, :, None], k.segments[:, None, None, :]
+        a, b = self._both(q.segments, k.segments)
+        a, b = a[:, None, :, None], b[:, None, None, :]
         return (a == b) & (a > 0)
 
     def maybe(self, q, k):
-        self._check(q.segment_max, k.segment_max)
+        self._both(q.segment_max, k.segment_max)
         overlap = (q.segment_max >= k.segment_min) & (q.segment_min <= k.segment_max)
         return overlap & (q.segment_max > 0) & (k.segment_max > 0)
 
-    def _check(self, q, k):
-        _require(
-            q is not None and k is not None,
-            "segments = None",
-            "the mask Segments() needs the segment of every query and key",
-            "pass segments= to the op or leave the mask out",
-        )
+    def _both(self, q, k) -> tuple[jax.Array, jax.Array]:
+        if q is None or k is None:
+            raise ConfigError(
+                "segments = None",
+                "the mask Segments() needs the segment of every query and key",
+                "pass segments= to the op or leave the mask out",
+            )
+        return q, k
 
 
-@_mask
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Prefix(Mask):
     """Keys at positions below ``length`` (an integer or int32 ``[B]``), in front or behind.
 
@@ -215,11 +212,12 @@ class Prefix(Mask):
         return k.first < jnp.max(jnp.asarray(self.length))
 
 
-@_mask(static=("count",))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class SinkTokens(Mask):
     """The first ``count`` tokens of the document, never in front of the query."""
 
-    count: int
+    count: int = dataclasses.field(metadata=STATIC)
 
     def __post_init__(self):
         _require(self.count >= 0, f"sink_tokens = {self.count}", "is a count", "use 0 for none")
@@ -231,7 +229,8 @@ class SinkTokens(Mask):
         return (k.first < self.count) & (k.first <= q.last)
 
 
-@_mask(static=("block_q", "block_k"))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Blocks(Mask):
     """Explicit block lists: query block ``i`` sees the key blocks ``lists[b, n, i, :]``.
 
@@ -241,8 +240,8 @@ class Blocks(Mask):
     """
 
     lists: jax.Array
-    block_q: int
-    block_k: int
+    block_q: int = dataclasses.field(metadata=STATIC)
+    block_k: int = dataclasses.field(metadata=STATIC)
 
     def __post_init__(self):
         for name in ("block_q", "block_k"):

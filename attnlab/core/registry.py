@@ -1,4 +1,4 @@
-"""The registry: one row a variant. Adding a variant = its layer file, a row here, a case in tests."""
+"""The registry: one row a variant. A new variant = its layer file, a row here, a case in tests."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def name_of(cls: type) -> str:
         if row.path == f"{cls.__module__}:{cls.__name__}":
             return row.name
     raise ConfigError(
-        f"{cls.__module__}:{cls.__name__}", "is not in the registry", "add a row to core/registry.py"
+        f"{cls.__module__}:{cls.__name__}", "is not registered", "add a row to core/registry.py"
     )
 
 

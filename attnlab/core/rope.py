@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and YaRN (Peng et al. 2023, 2309.00071).
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), YaRN (Peng et al. 2023, 2309.00071).
 
 For pair ``i`` of ``P/2`` and position ``t`` the pair ``(a, b)`` turns by ``t * theta^(-2i/P)``:
 ``(a cos - b sin, a sin + b cos)``. Two pairings exist and both are needed for checkpoints:
@@ -112,7 +112,7 @@ class Rope:
         return out.astype(x.dtype)
 
     def first(self, x: jax.Array, positions: jax.Array, dtype=jnp.float32) -> jax.Array:
-        """Partial rotation: the first ``width`` channels of ``x[B, T, N, H]`` turn, the rest stay."""
+        """Partial rotation: the first ``width`` channels of ``x[B, T, N, H]`` turn."""
         if self.width == x.shape[-1]:
             return self(x, positions, dtype)
         turned = self(x[..., : self.width], positions, dtype)

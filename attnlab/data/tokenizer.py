@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from attnlab.core.errors import DataError
-from attnlab.data.corpus import TOKEN_FORMAT, Corpus, Document, file_system, read_file
+from attnlab.data.corpus import Corpus
+from attnlab.data.files import file_system, read_file
+from attnlab.data.readers import TOKEN_FORMAT, Document
 
 CHUNK = 1 << 24  # ids looked at together
 ENCODE_BATCH = 256  # documents encoded together

@@ -284,7 +284,7 @@ class CCA(GQA):
         return CCACache(**index, **empty, past=jnp.zeros((batch, max(c.history, 1)), jnp.int32))
 
     def prefill(self, x, seq, cache: CCACache, *, impl=None) -> Out:
-        self.check(x, seq)
+        self.check(x, seq, cache)
         x, seq, undo = compact(x, seq)
         rows, now = self._rows(x, seq, cache), segments_of(seq)
         q, k, v = self._mix(rows[:3], rows[3], seq.positions)

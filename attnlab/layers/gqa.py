@@ -7,9 +7,9 @@
 
 Logits pass scale, logit_cap, mask, sink_logits, softmax in that order.
 
-Sources: Vaswani et al. 2017, arXiv 1706.03762 (MHA); Shazeer 2019, arXiv 1911.02150 (MQA); Ainslie et
-al. 2023, arXiv 2305.13245 (GQA); Henry et al. 2020, arXiv 2010.04245 (QK-norm, here RMSNorm with a
-learned weight as in later models); Xiao et al. 2023, arXiv 2309.17453 (sink tokens).
+Sources: Vaswani et al. 2017, arXiv 1706.03762 (MHA); Shazeer 2019, arXiv 1911.02150 (MQA); Ainslie
+et al. 2023, arXiv 2305.13245 (GQA); Henry et al. 2020, arXiv 2010.04245 (QK-norm, here RMSNorm with
+a learned weight as in later models); Xiao et al. 2023, arXiv 2309.17453 (sink tokens).
 Cache: keys after RoPE and values, K (H + V) numbers a token.
 Parallel forms: data, fsdp, tensor over key/value heads (K divisible by the tensor axis).
 """
@@ -40,7 +40,7 @@ class GQAConfig(LayerConfig):
     Args:
         num_heads: N. num_kv_heads: K, divides N; default N (MHA). head_dim: H, default D / N.
         value_dim: V, default H. qk_norm: RMSNorm of q and k per head. norm_eps: its epsilon.
-        rotary_fraction: share of H that turns (0 = no RoPE). rope_theta, rope_pairing: see ``Rope``.
+        rotary_fraction: share of H that turns (0 = none). rope_theta, rope_pairing: see ``Rope``.
         window: visible keys including the query's own, None = all. sink_tokens: first tokens that
             stay visible outside the window. sink_logits: learned logit a head in the denominator.
         logit_cap: c in c tanh(z / c). scale: of the logits, default H**-0.5.
@@ -101,12 +101,7 @@ class GQAConfig(LayerConfig):
         self.require(
             self.sink_tokens >= 0, f"sink_tokens = {self.sink_tokens}", "is a count", "use 0"
         )
-        for name in ("logit_cap", "scale", "norm_eps"):
-            value = getattr(self, name)
-            self.require(
-                value is None or value > 0,
-                f"{name} = {value}", "must be positive", "leave it out for the default",
-            )
+        self.require_above_zero("logit_cap", "scale", "norm_eps")
         self.rope  # noqa: B018 - checks its own width and pairing
 
     @property
@@ -156,7 +151,8 @@ class GQAConfig(LayerConfig):
         )
 
     def cache_bytes(self, tokens: int, dtype: Any = None) -> int:
-        return tokens * self.K * (self.H + self.V) * jnp.dtype(dtype or self.precision.cache).itemsize
+        itemsize = jnp.dtype(dtype or self.precision.cache).itemsize
+        return tokens * self.K * (self.H + self.V) * itemsize
 
 
 class GQA(Layer):

@@ -90,6 +90,7 @@ class MLAConfig(LayerConfig):
             self.window is None or self.window >= 1,
             f"window = {self.window}", "counts visible keys including the query's own", "use None",
         )
+        self.require_above_zero("scale", "norm_eps")
         self.require(
             self.decode_form in ("auto", "absorbed", "expanded"),
             f"decode_form = {self.decode_form!r}", "is not a form of cached passes",

@@ -11,9 +11,9 @@ With ``H = D / num_heads_total``, N query heads, K key/value heads and ``M = max
     y = concat(o) W_O + b_O                 b_O if out_bias
 
 N = K is plain multi-head attention on N heads. N < K is the reversed form (rSQA): there the
-authors' code tiles q along heads, so key/value head j uses query head j mod N, not the blocks of the
-other direction, and attention FLOPs scale with K. ``SQAConfig.member`` has the family; with a window
-it is SW-SQA. Padding gives zero: b_O is added to real tokens only.
+authors' code tiles q along heads, so key/value head j uses query head j mod N, not the blocks of
+the other direction, and attention FLOPs scale with K. ``SQAConfig.member`` has the family; with a
+window it is SW-SQA. Padding gives zero: b_O is added to real tokens only.
 
 Differences from the authors' library: b_O is on by default there, off here. The gate is off by
 default; its weights start at N(1, 0.01) as theirs do: every gate opens with the sum of x. lSQA and

@@ -4,8 +4,8 @@
     for each layer:  h = h + attn(rms_norm(h));  h = h + swiglu(rms_norm(h))
     logits = rms_norm(h) W_head^T               W_head = E when tied
 
-The period may mix attention variants (one config each); it is repeated ``repeats`` times. Parameters
-of one place in the period are stacked over the repeats on a leading ``layers`` axis and scanned.
+The period may mix attention variants (one config each); it is repeated ``repeats`` times. The
+parameters of one place in the period are stacked over the repeats on a leading ``layers`` axis and scanned.
 """
 
 from __future__ import annotations
@@ -71,6 +71,10 @@ class DecoderConfig:
             (self.repeats >= 1, f"repeats = {self.repeats}", "must be at least 1", "use 1"),
             (self.mlp_dim >= 1, f"mlp_dim = {self.mlp_dim}", "must be at least 1", "use 4 * dim"),
             (self.z_loss >= 0, f"z_loss = {self.z_loss}", "must not be negative", "use 0"),
+            (
+                self.loss_chunk is None or self.loss_chunk >= 1, f"loss_chunk = {self.loss_chunk}",
+                "must be at least 1", "use None",
+            ),
             (
                 self.remat in ("none", *_POLICIES), f"remat = {self.remat!r}", "unknown policy",
                 f"use none, {', '.join(_POLICIES)}",
@@ -172,7 +176,7 @@ class Decoder(nnx.Module):
         return self.embedding[...] if self.config.tied else self.head[...]
 
     def hidden(self, tokens, seq: Seq, *, caches=None, step="train", impl=None):
-        """``(h[B, T, D], caches, aux)`` after the final norm; aux sums the layers' named scalars."""
+        """``(h[B, T, D], caches, aux)`` after the final norm; aux sums the layers' scalars."""
         c = self.config
         seq.check(*tokens.shape)
         h = jnp.take(self.embedding[...], tokens, axis=0).astype(c.precision.compute)

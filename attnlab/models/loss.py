@@ -3,8 +3,7 @@
     nll = sum_t w_t (lse_t - z_t[y_t])        z = h W^T + mask of padding ids, fp32
     z_loss = sum_t w_t lse_t^2                (Chowdhery et al. 2022, arXiv 2204.02311)
 
-Only one chunk of logits ``[B, C, vocabulary]`` exists at a time. The gradient with respect to h and W
-is formed in the forward pass, chunk by chunk, so no chunk of logits is computed twice.
+Only one chunk of logits ``[B, C, vocabulary]`` exists at a time. The gradient in h and W is formed in the forward pass, chunk by chunk, so no chunk of logits is computed twice.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ _LOGIT_BYTES = 256 * 2**20
 
 
 def chunk_length(batch: int, tokens: int, vocab: int, limit: int = _LOGIT_BYTES) -> int:
-    """Tokens a row in one chunk, so that fp32 logits stay under ``limit`` bytes; divides T."""
+    """Tokens a row in one chunk: as few equal chunks as keep fp32 logits under ``limit`` bytes."""
     most = max(1, limit // (4 * batch * vocab))
-    return next(c for c in range(min(tokens, most), 0, -1) if tokens % c == 0)
+    return -(-tokens // -(-tokens // most))
 
 
 def cross_entropy(
@@ -39,13 +38,17 @@ def cross_entropy(
         hidden: ``[B, T, D]``. table: ``[rows, D]`` with rows >= vocab_size (padding rows never win).
         targets: int32 ``[B, T]``. weights: ``[B, T]``, 0 where a target does not count.
         z_loss: weight of lse^2 in ``total``; ``nll`` never contains it and carries no gradient.
-        chunk: tokens a row at a time, divides T; default bounds the logits at 256 MiB.
+        chunk: tokens a row at a time; default bounds the logits at 256 MiB. Where it does not
+            divide T, rows are filled up with tokens of weight 0.
     """
-    B, T, D = hidden.shape
-    chunk = chunk or chunk_length(B, T, table.shape[0])
+    B, T, _ = hidden.shape
+    chunk = min(chunk or chunk_length(B, T, table.shape[0]), T)
+    chunks = -(-T // chunk)
 
     def split(x):
-        return x.reshape(B, T // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
+        if chunks * chunk > T:
+            x = jnp.pad(x, [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     rows = (split(hidden), split(targets), split(weights.astype(jnp.float32)))
     total, nll = _chunked(rows[0], table, rows[1], rows[2], vocab_size, z_loss)
@@ -99,11 +102,11 @@ def _chunked_fwd(hidden, table, targets, weights, vocab_size, z_loss):
     zero = jnp.zeros((), wide)
     start = (zero, zero, jnp.zeros(table.shape, wide))
     (total, nll, d_table), d_hidden = jax.lax.scan(body, start, (hidden, targets, weights))
-    return (total, nll), (d_hidden, d_table.astype(table.dtype), targets, weights)
+    return (total, nll), (d_hidden, d_table.astype(table.dtype), weights)
 
 
 def _chunked_bwd(vocab_size, z_loss, residuals, cotangents):
-    d_hidden, d_table, targets, weights = residuals
+    d_hidden, d_table, weights = residuals
     g = cotangents[0]
     return (
         (g * d_hidden).astype(d_hidden.dtype),

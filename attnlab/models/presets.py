@@ -17,7 +17,7 @@ def quickstart() -> DecoderConfig:
     """A byte model with compressed convolutional attention that a laptop trains in minutes."""
     cca = get("cca").config()
     attention = cca(dim=128, num_heads=4, num_kv_heads=2, head_dim=32)
-    return DecoderConfig(vocab_size=257, period=(attention,), repeats=4, mlp_dim=384)
+    return DecoderConfig(vocab_size=257, period=(attention,), repeats=4, mlp_dim=256)
 
 
 def _gqa(dim: int, heads: int, kv_heads: int, head_dim: int) -> LayerConfig:

@@ -67,6 +67,16 @@ def agree(name: str, value: str) -> None:
         )
 
 
+def all_agree(ok: bool) -> bool:
+    """Is ``ok`` true on every process?"""
+    if jax.process_count() == 1:
+        return ok
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(np.asarray(multihost_utils.process_allgather(np.asarray([ok]))).all())
+
+
 def barrier(name: str) -> None:
     """Wait for every process."""
     if jax.process_count() > 1:

@@ -1,4 +1,4 @@
-"""Multi-head latent attention read off the paper's equations, one query of one head at a time.
+"""Multi-head latent attention read off the paper's equations, one row and one head at a time.
 
 Independent of the layer: no import from attnlab, plain loops, whatever dtype the parameters have
 (float64 in the tests). Differentiable in ``params`` and ``x``; numpy arrays in, numpy out.
@@ -76,44 +76,36 @@ def mla_oracle(
             scale *= (1 + 0.1 * yarn.mscale * math.log(yarn.factor)) ** 2
 
     def norm(c, gain):
-        return gain * c / xp.sqrt(xp.mean(c**2) + norm_eps)
+        return gain * c / xp.sqrt(xp.mean(c**2, axis=-1, keepdims=True) + norm_eps)
 
     rows = []
     for b in range(x.shape[0]):
-        tokens = range(x.shape[1])
-        turn = [
-            xp.asarray(rotation(int(p), rope_dim, rope_theta, rope_pairing, yarn), x.dtype)
-            for p in positions[b]
-        ]
-        latent, k_rope, query = [], [], []
-        for t in tokens:
-            down = x[b, t] @ params["w_dkv"]
-            c = down[:kv_rank]
-            latent.append(norm(c, params["kv_norm"]) if latent_norm else c)
-            k_rope.append(turn[t] @ down[kv_rank:])
-            if q_rank is None:
-                query.append(x[b, t])
-            else:
-                c = x[b, t] @ params["w_dq"]
-                query.append(norm(c, params["q_norm"]) if latent_norm else c)
-        latent, k_rope = xp.stack(latent), xp.stack(k_rope)
-        out = [xp.zeros(x.shape[-1], x.dtype) for _ in tokens]
+        T = x.shape[1]
+        turn = [rotation(int(p), rope_dim, rope_theta, rope_pairing, yarn) for p in positions[b]]
+        turn = xp.asarray(np.stack(turn), x.dtype)
+        seen = np.zeros((T, T), bool)
+        for t in range(T):
+            for s in range(T):
+                ago = positions[b, t] - positions[b, s]
+                near = 0 <= ago < (window or math.inf)
+                seen[t, s] = near and segments[b, s] == segments[b, t] > 0
+        down = x[b] @ params["w_dkv"]
+        latent, k_rope = down[:, :kv_rank], xp.einsum("tij,tj->ti", turn, down[:, kv_rank:])
+        query = x[b] if q_rank is None else x[b] @ params["w_dq"]
+        if latent_norm:
+            latent = norm(latent, params["kv_norm"])
+            query = query if q_rank is None else norm(query, params["q_norm"])
+        y = xp.zeros_like(x[b])
         for n in range(num_heads):
-            w_q = params["w_q" if q_rank is None else "w_uq"][:, n]
-            w_uk, w_uv = params["w_ukv"][:, n, :nope_dim], params["w_ukv"][:, n, nope_dim:]
-            assert w_uv.shape[1] == value_dim
-            key, value = latent @ w_uk, latent @ w_uv
-            for t in tokens:
-                q = query[t] @ w_q
-                q_nope, q_rope = q[:nope_dim], turn[t] @ q[nope_dim:]
-                ago = positions[b, t] - positions[b]
-                seen = (ago >= 0) & (ago < (window or math.inf))
-                seen &= (segments[b] == segments[b, t]) & (segments[b] > 0)
-                if not seen.any():
-                    continue
-                z = scale * (key @ q_nope + k_rope @ q_rope)
-                z = xp.where(seen, z, -xp.inf)
-                e = xp.exp(z - z.max())
-                out[t] = out[t] + (e / e.sum()) @ value @ params["w_o"][n]
-        rows.append(xp.stack(out))
+            q = query @ params["w_q" if q_rank is None else "w_uq"][:, n]
+            key = latent @ params["w_ukv"][:, n, :nope_dim]
+            value = latent @ params["w_ukv"][:, n, nope_dim:]
+            assert value.shape[1] == value_dim
+            q_rope = xp.einsum("tij,tj->ti", turn, q[:, nope_dim:])
+            z = scale * (q[:, :nope_dim] @ key.T + q_rope @ k_rope.T)
+            # A query that sees nothing gives zero: its exponentials are all masked away.
+            e = xp.where(seen, xp.exp(xp.where(seen, z, 0)), 0)
+            total = xp.where(seen.any(1), e.sum(1), 1)
+            y = y + (e / total[:, None]) @ value @ params["w_o"][n]
+        rows.append(y)
     return xp.stack(rows)

@@ -56,13 +56,6 @@ def attend(q, k, v, seen, scale: float, cap: float | None = None, sink=None):
     return (e @ v) / jnp.where(blind, 1.0, total)[:, None]
 
 
-def rows_of(seq) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Positions and segments of every row, as numbers."""
-    positions = np.asarray(seq.positions)
-    segments = np.ones_like(positions) if seq.segments is None else np.asarray(seq.segments)
-    return list(zip(positions, segments, strict=True))
-
-
 def gqa_oracle(
     params: dict,
     x,

@@ -1,6 +1,6 @@
 """Checkpoints through orbax: asynchronous, atomic, keep-n, restorable on another mesh.
 
-A checkpoint holds the training state, the data iterator's state and a meta record: format version,
+A checkpoint holds the training state, the data iterator's state and a meta record: format,
 parameter layout, corpus fingerprint, versions and one checksum a leaf. The checksums are verified on
 restore, so a damaged file is found even where the storage format would not notice.
 """
@@ -8,6 +8,7 @@ restore, so a damaged file is found even where the storage format would not noti
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -16,8 +17,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from attnlab.core.errors import CheckpointError
+from attnlab.parallel import processes
 from attnlab.train.state import Trainer, TrainState
 
+_HALF_WRITTEN = ".orbax-checkpoint-tmp"
 FORMAT = 1
 LAYOUT = "stacked"
 
@@ -40,7 +43,7 @@ def unflatten(flat: dict[str, Any], like: TrainState) -> TrainState:
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """Position-weighted sum of the bits modulo 2^32: the same on every mesh and order of addition."""
+    """Position-weighted sum of the bits modulo 2^32: the same on every mesh."""
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     if x.dtype.itemsize == 8:  # two 32-bit words
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
@@ -68,6 +71,12 @@ def checksums(flat: dict[str, Any], replicated) -> dict[str, int]:
     }
 
 
+def absolute(path: str | epath.Path) -> epath.Path:
+    """``path`` as orbax wants it; remote ones are absolute."""
+    text = str(path)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -77,9 +86,15 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | epath.Path, keep: int = 3, *, read_only: bool = False):
-        self.directory = epath.Path(directory)
+        self.directory = absolute(directory)
         self.keep, self.read_only = keep, read_only
+        self._half_written = self._find_half_written()
         self._manager = self._open()
+
+    def _find_half_written(self) -> list[str]:
+        if not self.directory.exists():
+            return []
+        return sorted(p.name for p in self.directory.iterdir() if p.name.endswith(_HALF_WRITTEN))
 
     def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -102,7 +117,8 @@ class Checkpoints:
             return
         flat = flatten(state)
         meta = {
-            "format": FORMAT, "layout": LAYOUT, "checksums": checksums(flat, replicated), **meta
+            "format": FORMAT, "layout": LAYOUT, "checksums": checksums(flat, replicated),
+            "shapes": _shapes(flat), **meta
         }
         self._manager.save(
             step,
@@ -123,32 +139,48 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """The meta record of one checkpoint."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        return restored["meta"]
+        return self._json(step, "meta")
 
-    def restore(self, trainer: Trainer, step: int | None = None, report=print):
-        """``(state, data, meta)`` of the newest good checkpoint (or of ``step``).
+    def restore(self, trainer: Trainer, report=print):
+        """``(state, data, meta)`` of the newest good checkpoint.
 
-        A damaged one is reported, set aside as ``damaged-<step>`` and the next older one is tried.
-        Raises CheckpointError when none is left.
+        Damaged and half-written ones are reported; once an older one has been read, the damaged
+        ones are renamed to ``damaged-<step>``. Raises CheckpointError where none can be read.
         """
-        steps = self.steps() if step is None else [step]
-        if not steps:
-            raise CheckpointError(
-                f"{self.directory}", "holds no complete checkpoint",
-                "start without --resume, or with --overwrite",
-            )
-        for candidate in reversed(steps):
+        for name in self._half_written:
+            report(f"warning: {self.directory / name} was not completely written: left out")
+        steps = self.steps()
+        damaged: list[int] = []
+        for step in reversed(steps):
+            found, reason = None, ""
             try:
-                return self._restore(trainer, candidate)
+                found = self._restore(trainer, step)
             except CheckpointError:
                 raise
-            except Exception as error:
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                report(f"warning: checkpoint {candidate} in {self.directory} is damaged: {reason}")
-                self._set_aside(candidate)
+            except Exception as error:  # orbax, tensorstore and zlib have no common one
+                reason = _short(error)
+            if processes.all_agree(found is not None):
+                wrong = self._wrong(found, trainer)
+                if not wrong:
+                    self._set_aside(damaged)
+                    return found
+                reason = f"{len(wrong)} arrays fail their checksums, the first is {wrong[0]}"
+            report(
+                f"warning: checkpoint {step} in {self.directory} is damaged: "
+                f"{reason or 'another process cannot read it'}"
+            )
+            damaged.append(step)
         raise CheckpointError(
-            f"{self.directory}", f"every checkpoint ({steps}) is damaged", "start with --overwrite"
+            f"{self.directory}",
+            f"every checkpoint ({steps}) is damaged" if steps else "holds no complete checkpoint",
+            "start over with --overwrite",
+        )
+
+    # The handlers are called without orbax's Checkpointer around them: it waits for all processes
+    # after reading, for ever if one of them could not read.
+    def _json(self, step: int, item: str) -> dict:
+        return ocp.JsonCheckpointHandler().restore(
+            self.directory / str(step) / item, ocp.args.JsonRestore()
         )
 
     def _restore(self, trainer: Trainer, step: int):
@@ -160,36 +192,35 @@ class Checkpoints:
                 "convert it with `attnlab convert`",
             )
         like = trainer.abstract_state()
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(flatten(like)), data=ocp.args.JsonRestore()
-            ),
+        flat = ocp.StandardCheckpointHandler().restore(
+            self.directory / str(step) / "state", args=ocp.args.StandardRestore(flatten(like))
         )
-        found = checksums(restored["state"], trainer.replicated)
-        wrong = [name for name, value in meta["checksums"].items() if found.get(name) != value]
-        if wrong or len(found) != len(meta["checksums"]):
-            raise ValueError(f"checksum mismatch in {len(wrong)} arrays, first {wrong[:1]}")
-        return unflatten(restored["state"], like), restored["data"], meta
+        return unflatten(flat, like), self._json(step, "data"), meta
 
-    def _set_aside(self, step: int) -> None:
-        if self.read_only:
+    def _wrong(self, found, trainer: Trainer) -> list[str]:
+        state, _, meta = found
+        here, stored = checksums(flatten(state), trainer.replicated), meta["checksums"]
+        return [n for n in sorted(here.keys() | stored.keys()) if here.get(n) != stored.get(n)]
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if self.read_only or not steps:
             return
-        if jax.process_index() == 0:
-            target = self.directory / f"damaged-{step}"
-            if target.exists():
-                target.rmtree()
-            (self.directory / str(step)).rename(target)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices(f"attnlab_set_aside_{step}")
+        if processes.is_first():
+            for step in steps:
+                target = self.directory / f"damaged-{step}"
+                if target.exists():
+                    target.rmtree()
+                (self.directory / str(step)).rename(target)
+        processes.barrier(f"attnlab_set_aside_{steps}")
         self._manager.close()
         self._manager = self._open()
 
 
 def restore_params(directory: str | epath.Path, trainer: Trainer, step: int | None = None) -> Any:
     """Only the parameters of a checkpoint, checked, in ``trainer``'s shardings."""
+    directory = absolute(directory)
+    if not directory.exists():
+        raise CheckpointError(f"{directory}", "does not exist", "pass the folder of a run")
     checkpoints = Checkpoints(directory, read_only=True)
     steps = checkpoints.steps()
     if step is None and steps:
@@ -199,21 +230,59 @@ def restore_params(directory: str | epath.Path, trainer: Trainer, step: int | No
             f"{directory}", f"has no checkpoint {'' if step is None else step} (found {steps})",
             "pass the folder of a run, or another --step",
         )
-    meta = checkpoints.meta(step)
     like = {"params": trainer.abstract_state().params}
-    restored = ocp.PyTreeCheckpointer().restore(
-        epath.Path(directory) / str(step) / "state",
-        args=ocp.args.PyTreeRestore(
-            item=like,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-            partial_restore=True,
-        ),
-    )
+    others = [s for s in steps if s != step]
+    fix = f"use an older one of {others}" if others else "there is no other one"
+    restored, reason = None, ""
+    try:
+        meta = checkpoints.meta(step)
+        stored = meta["checksums"]
+        _check_shapes(meta["shapes"], like, directory, step)
+        restored = ocp.PyTreeCheckpointHandler().restore(
+            directory / str(step) / "state",
+            args=ocp.args.PyTreeRestore(
+                item=like,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+                partial_restore=True,
+            ),
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = _short(error)
+    if not processes.all_agree(restored is not None):
+        raise CheckpointError(
+            f"checkpoint {step} in {directory}",
+            f"is damaged: {reason or 'another process cannot read it'}", fix,
+        )
     found = checksums(restored, trainer.replicated)
-    wrong = [name for name, value in found.items() if meta["checksums"].get(name) != value]
+    wrong = [name for name, value in found.items() if stored.get(name) != value]
     if wrong:
         raise CheckpointError(
-            f"checkpoint {step} in {directory}", f"is damaged: {wrong[0]} fails its checksum",
-            f"use --step with one of {[s for s in steps if s != step]}",
+            f"checkpoint {step} in {directory}", f"is damaged: {wrong[0]} fails its checksum", fix
         )
     return restored["params"]
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    return {
+        jax.tree_util.keystr(path): list(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _check_shapes(stored: dict[str, list[int]], like: Any, directory, step: int) -> None:
+    """Raise CheckpointError unless the checkpoint has the parameters of this model."""
+    here = _shapes(like)
+    there = {name: shape for name, shape in stored.items() if name.startswith("['params']")}
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise CheckpointError(
+                f"checkpoint {step} in {directory} has {name} of shape {there.get(name)}",
+                f"this model has {here.get(name)}", "use the model of that run",
+            )
+
+
+def _short(error: Exception) -> str:
+    """One line of an error that somebody else wrote."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""From a corpus to batches: packed rows, a resumable shuffled loader, an evaluation pass.
+"""From a corpus to batches: tokenised rows, a resumable shuffled loader, an evaluation pass.
 
 A batch is a dict of NumPy arrays [B, T]: ``tokens, targets, positions, segments`` int32 and
 ``loss_mask`` float32. Segment 0 is padding. Every token that is not BOS is a target with loss
@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 
 from attnlab.core.errors import ConfigError, DataError
-from attnlab.data.corpus import Document, check_token_dtype
+from attnlab.data.packing import PackedRows, Row, check_packing
+from attnlab.data.readers import Document, check_token_dtype
 from attnlab.data.tokenizer import CHUNK, Tokenizer, encode_documents, storage_dtype, text_bytes
-
-PACKINGS = ("concat", "fit")
-Row = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,164 +63,8 @@ class DataConfig:
                 check_token_dtype(self.token_dtype)
             except DataError as e:
                 raise ConfigError(e.what, e.rule, e.fix) from None
-        _check_packing(self.packing)
+        check_packing(self.packing)
         _check_seed(self.seed)
-
-
-class PackedRows:
-    """Random access to the rows of one epoch, cut from the token stream when asked for.
-
-    ``concat``: row i is ``stream[i*T : i*T + T]``; the last one is padded. ``fit``: documents are
-    cut into pieces of at most T tokens and packed first-fit decreasing, a piece never crosses a
-    row and the pieces of a row keep the order of the stream. Padding is 0 in every array.
-
-    Args:
-        tokens: ids of all documents end to end, BOS first in each; may be memory-mapped.
-        doc_starts: where the documents start, ascending, the first is 0. seq_len: T.
-        packing: "concat" or "fit". document_mask: True numbers the documents of a row as segments
-            1, 2, ... with positions that restart at 0; False makes a row one segment (plain causal
-            attention). text_bytes: UTF-8 bytes behind the tokens where known.
-    """
-
-    def __init__(
-        self,
-        tokens: np.ndarray,
-        doc_starts: np.ndarray,
-        seq_len: int,
-        bos: int,
-        packing: str = "concat",
-        document_mask: bool = True,
-        *,
-        text_bytes: int | None = None,
-    ):
-        _check_packing(packing)
-        if isinstance(seq_len, bool) or not isinstance(seq_len, int) or seq_len < 1:
-            raise ConfigError(f"seq_len = {seq_len!r}", "must be a positive integer", "use 256")
-        self.tokens, self.doc_starts = tokens, np.asarray(doc_starts, np.int64)
-        self.seq_len, self.bos, self.packing = seq_len, bos, packing
-        self.document_mask, self.text_bytes = document_mask, text_bytes
-        starts = self.doc_starts
-        if not len(starts) or starts[0] != 0 or (np.diff(starts) < 1).any():
-            rule = "must ascend from 0"
-            raise DataError(f"doc_starts = {starts[:4]}...", rule, "use build_rows")
-        if starts[-1] >= len(tokens) or (tokens[starts] != bos).any():
-            rule = f"each must be the place of a BOS, id {bos}"
-            raise DataError(f"doc_starts = {starts[:4]}...", rule, "use build_rows")
-        if len(tokens) == len(starts):
-            rule = f"hold no token but {len(starts)} BOS, nothing to predict"
-            raise DataError("the documents", rule, "name a corpus with text in this split")
-        if packing == "fit":
-            self._pieces, self._row_pieces = self._fit()
-            self._len = len(self._row_pieces) - 1
-        else:
-            self._len = -(-(len(tokens) - 1) // seq_len)
-
-    def __len__(self) -> int:
-        return self._len
-
-    def __repr__(self) -> str:
-        size = f"{len(self)} rows of {self.seq_len}, {len(self.tokens)} tokens"
-        return f"PackedRows({size}, {len(self.doc_starts)} documents, {self.packing})"
-
-    @property
-    def num_targets(self) -> int:
-        """Tokens with loss in one epoch: all but BOS."""
-        return len(self.tokens) - len(self.doc_starts)
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes per predicted token; None for token arrays whose text is unknown."""
-        return None if self.text_bytes is None else self.text_bytes / self.num_targets
-
-    @property
-    def fill(self) -> float:
-        """Share of the row places that hold tokens rather than padding."""
-        places = len(self) * self.seq_len
-        if self.packing == "concat":
-            return min(len(self.tokens), places) / places
-        return float(self._pieces[:, 1].sum()) / places
-
-    def __getitem__(self, i: int) -> Row:
-        """Row ``i``: five arrays [T]."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
-        return self._concat_row(int(i)) if self.packing == "concat" else self._fit_row(int(i))
-
-    def empty_row(self) -> Row:
-        """A row of padding."""
-        keys = ("tokens", "targets", "positions", "segments")
-        row = {key: np.zeros(self.seq_len, np.int32) for key in keys}
-        return {**row, "loss_mask": np.zeros(self.seq_len, np.float32)}
-
-    def _concat_row(self, i: int) -> Row:
-        row, lo = self.empty_row(), i * self.seq_len
-        window = self.tokens[lo : lo + self.seq_len + 1]
-        n = min(len(window), self.seq_len)
-        starts = self.doc_starts
-        first, last = np.searchsorted(starts, (lo + 1, lo + n))  # the starts inside, not at lo
-        self._put(row, 0, window, n, starts[first:last] - lo)
-        return row
-
-    def _fit_row(self, i: int) -> Row:
-        row, at = self.empty_row(), 0
-        for start, n in self._pieces[self._row_pieces[i] : self._row_pieces[i + 1]]:
-            window = self.tokens[start : start + n + 1]
-            self._put(row, at, window, n, np.zeros(0, np.int64))
-            if self.document_mask:
-                row["segments"][at : at + n] = row["segments"][at - 1] + 1 if at else 1
-            else:
-                row["positions"][at : at + n] += at
-            at += n
-        return row
-
-    def _put(self, row: Row, at: int, window: np.ndarray, n: int, starts: np.ndarray) -> None:
-        """Write n tokens from ``at`` on; ``window`` ends with the last target."""
-        here, targets = slice(at, at + n), window[1 : n + 1]
-        row["tokens"][here] = window[:n]
-        row["targets"][at : at + len(targets)] = targets
-        row["loss_mask"][at : at + len(targets)] = targets != self.bos
-        row["positions"][here] = np.arange(n)
-        row["segments"][here] = 1
-        if self.document_mask:
-            for start, stop in zip(starts, [*starts[1:], n]):
-                row["positions"][start:stop] = np.arange(stop - start)
-            row["segments"][starts] += 1  # 1 within a document, 2 where one starts
-            row["segments"][here] = np.cumsum(row["segments"][here] - 1) + 1
-
-    def _fit(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pieces [:, (start, length)] in row order, and where the pieces of each row begin."""
-        T = self.seq_len
-        sizes = np.diff(np.append(self.doc_starts, len(self.tokens)))
-        inputs = np.maximum(sizes - 1, 1)  # the last token is a target only; BOS alone stays
-        counts = -(-inputs // T)
-        doc = np.repeat(np.arange(len(sizes)), counts)
-        within = np.arange(len(doc)) - np.repeat(np.cumsum(counts) - counts, counts)
-        sizes = np.minimum(inputs[doc] - within * T, T)
-        pieces = np.stack([self.doc_starts[doc] + within * T, sizes], axis=1)
-        rows = first_fit_decreasing(pieces[:, 1], T)
-        order = np.argsort(rows, kind="stable")
-        return pieces[order], np.searchsorted(rows[order], np.arange(rows.max() + 2))
-
-
-def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Row of each piece: the longest pieces first, each into the first row with room for it.
-
-    Pieces of one length are placed together: they fill the rows with room from the first on.
-    """
-    rows = np.empty(len(lengths), np.int64)
-    order = np.argsort(-lengths, kind="stable")
-    values, counts = np.unique(lengths, return_counts=True)
-    room, ids, total, at = np.zeros(0, np.int64), np.zeros(0, np.int64), 0, 0
-    for length, count in zip(values[::-1], counts[::-1]):
-        new = -(-max(0, count - int((room // length).sum())) // (capacity // length))
-        room = np.append(room, np.full(new, capacity))
-        ids, total = np.append(ids, np.arange(total, total + new)), total + new
-        fits = room // length
-        taken = np.clip(count - (np.cumsum(fits) - fits), 0, fits)
-        rows[order[at : at + count]] = np.repeat(ids, taken)
-        at, room = at + count, room - taken * length
-        room, ids = room[room >= values[0]], ids[room >= values[0]]
-    return rows
 
 
 def build_rows(
@@ -320,7 +162,8 @@ def make_loader(
     dataset = grain.MapDataset.source(rows)
     if shuffle:
         dataset = dataset.shuffle(seed=seed)
-    dataset = dataset.repeat()[shard_index::shard_count].batch(batch // shard_count)
+    # A finite number of epochs that nobody reaches: endless ones overflow grain's length.
+    dataset = dataset.repeat(2**48 // len(rows) + 1)[shard_index::shard_count].batch(batch // shard_count)
     return Loader(dataset, start_step, threads)
 
 
@@ -358,11 +201,6 @@ def _check_shards(batch: int, shard_index: int, shard_count: int) -> None:
         rule = f"must be a positive multiple of shard_count = {shard_count}"
         fix = f"use batch = {max(1, batch // shard_count) * shard_count}"
         raise ConfigError(f"batch = {batch}", rule, fix)
-
-
-def _check_packing(packing: str) -> None:
-    if packing not in PACKINGS:
-        raise ConfigError(f"packing = {packing!r}", f"must be one of {PACKINGS}", 'use "concat"')
 
 
 def _check_seed(seed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import signal
 import time
 from typing import Any
@@ -17,19 +18,23 @@ from attnlab.core.errors import CheckpointError, ConfigError, NonFiniteError
 from attnlab.infer.evaluate import evaluate
 from attnlab.parallel import processes
 from attnlab.parallel.feed import batch_shard, place
-from attnlab.train import checkpoint, metrics, recipe as recipes, trackers
+from attnlab.train import checkpoint, metrics, trackers
+from attnlab.train import recipe as recipes
 from attnlab.train.data import eval_batches, make_loader
-from attnlab.train.progress import Reporter
+from attnlab.train.progress import Reporter, describe
 from attnlab.train.recipe import Recipe
 from attnlab.train.setup import Run, prepare
 
 MAX_STREAK = 10
 _OWN_FILES = ("config.json", "metrics.jsonl", "loss.png", "sample.txt", "checkpoints", "tb")
-# What may differ when a run goes on: how far, where and how often, never what is computed.
+# What may differ when a run goes on: how far, where and how often. The text may have moved: its
+# fingerprint and the tokenizer's are compared instead. A new number of steps moves the end of the
+# learning-rate schedule, which is how a run is made longer.
 _MAY_CHANGE = (
     "train.steps", "train.mesh", "train.impl", "train.log_every", "train.eval_every",
     "train.eval_rows", "train.checkpoint_every", "train.keep", "train.sample_tokens",
     "model.remat", "model.scan", "model.loss_chunk", "name",
+    "data.data", "data.val_data", "data.tokenizer",
 )
 
 
@@ -50,47 +55,69 @@ def run(
     """
     processes.start()
     folder = epath.Path(out)
-    recipe = _choose_recipe(recipe, folder, overrides or [], resume, overwrite)
+    recipe, before = _choose_recipe(recipe, folder, overrides or [], resume)
+    if before is None and not overwrite:
+        _refuse_taken(folder)
+    trackers.check_installed(trackers_wanted)
     reporter = Reporter(recipe.train.steps, first=processes.is_first(), plain=plain)
     try:
         with _Stop() as stop:
             prepared = prepare(recipe, reporter.say)
+            weights = None
+            if init_from is not None:
+                weights = checkpoint.restore_params(
+                    epath.Path(init_from) / "checkpoints", prepared.trainer
+                )
+                reporter.say(f"weights from {init_from}")
+            # Whatever can be wrong has been found by now: only from here on the folder changes.
+            _claim(folder, recipe, before)
+            if before is not None and before.train.steps != recipe.train.steps:
+                reporter.say(
+                    f"train.steps = {recipe.train.steps} instead of {before.train.steps}: from "
+                    f"here on the learning rates of a run of {recipe.train.steps} steps"
+                )
             return _Session(
-                prepared, folder, reporter, resume, init_from, profile, trackers_wanted
+                prepared, folder, reporter, before is not None, weights, profile, trackers_wanted
             ).run(stop)
     finally:
         reporter.stop()
 
 
-def _choose_recipe(recipe, folder, overrides, resume, overwrite) -> Recipe:
+def _choose_recipe(recipe, folder, overrides, resume) -> tuple[Recipe, Recipe | None]:
+    """The recipe to run, and the one of the run that goes on (None: a new run)."""
     stored = folder / "config.json"
-    if resume and (stored.exists() or recipe is None):
-        if not stored.exists():
-            raise CheckpointError(
-                f"{folder}", "holds no run to resume", "start it without --resume"
-            )
+    if resume and stored.exists():
         before = recipes.from_json(str(stored))
-        after = recipe if recipe is not None else before
-        after = configs.override(after, overrides)
+        after = configs.override(recipe if recipe is not None else before, overrides)
         _check_same(before, after)
-        return after
-    assert recipe is not None  # with --resume and no run yet: a restart before the first start
-    recipe = configs.override(recipe, overrides)
+        return after, before
+    if recipe is None:
+        raise CheckpointError(f"{folder}", "holds no run to resume", "start it without --resume")
+    return configs.override(recipe, overrides), None
+
+
+def _refuse_taken(folder) -> None:
     taken = [name for name in _OWN_FILES if (folder / name).exists()]
-    processes.barrier("attnlab_folder_checked")
-    if taken and not overwrite:
+    if taken:
         raise ConfigError(
             f"--out {folder}", f"holds a run already ({', '.join(taken)})",
             "pass --resume to go on, --overwrite to start over, or another --out",
         )
-    if processes.is_first():
-        for name in taken:
+
+
+def _claim(folder, recipe: Recipe, before: Recipe | None) -> None:
+    """Write config.json; a new run first removes what another one left."""
+    processes.barrier("attnlab_folder_checked")
+    if processes.is_first() and recipe != before:
+        for name in _OWN_FILES if before is None else ():
             path = folder / name
-            path.rmtree() if path.is_dir() else path.unlink()
+            if path.exists():
+                path.rmtree() if path.is_dir() else path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        stored.write_text(recipe.to_json())
+        partial = folder / "config.json.part"
+        partial.write_text(recipe.to_json())
+        partial.replace(folder / "config.json")
     processes.barrier("attnlab_folder_ready")
-    return recipe
 
 
 def _check_same(before: Recipe, after: Recipe) -> None:
@@ -108,12 +135,18 @@ def _check_same(before: Recipe, after: Recipe) -> None:
 
     old, new = flat(configs.to_dict(before)), flat(configs.to_dict(after))
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name) and name not in _MAY_CHANGE:
+        may = name in _MAY_CHANGE or name.rpartition(".")[0] in _MAY_CHANGE
+        if old.get(name) != new.get(name) and not may:
             raise CheckpointError(
                 f"--resume with {name} = {new.get(name)!r}",
                 f"the run was started with {old.get(name)!r}",
                 "drop the flag, or start another run with --init-from",
             )
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 class _Stop:
@@ -138,15 +171,14 @@ class _Stop:
 
 @dataclasses.dataclass
 class _Pending:
-    """A dispatched step whose metrics are still on the device, and when it was dispatched."""
+    """A dispatched step whose metrics are still on the device."""
 
     step: int
     values: dict[str, jax.Array]
-    at: float
 
 
 class _Session:
-    def __init__(self, run: Run, folder, reporter, resume, init_from, profile, wanted):
+    def __init__(self, run: Run, folder, reporter, resume, weights, profile, wanted):
         self.run_, self.folder, self.reporter = run, folder, reporter
         self.recipe, self.trainer = run.recipe, run.trainer
         self.config = run.recipe.train
@@ -159,39 +191,42 @@ class _Session:
         self.loader = make_loader(
             run.train_rows, batch=self.config.batch, seed=self.recipe.data.seed, **self.shard
         )
-        self.state = self._start(resume, init_from)
+        self.state = self._start(resume, weights)
         self.start = int(self.state.step)
         self.trackers = self._open_trackers(wanted)
         self.pending: collections.deque[_Pending] = collections.deque()
         self.clock: tuple[float, int] | None = None  # when and at which step the last row was
 
-    def _start(self, resume: bool, init_from: str | None):
+    def _start(self, resume: bool, weights):
         if resume and self.checkpoints.steps():
             state, data, meta = self.checkpoints.restore(self.trainer, report=self.reporter.say)
-            if meta["fingerprint"] != self.run_.fingerprint:
+            here = self.run_.meta()
+            for what, flag in (("corpus", "fingerprint"), ("tokenizer", "tokenizer")):
+                if meta[flag] != here[flag]:
+                    raise CheckpointError(
+                        f"{what} fingerprint {here[flag]}", f"the run was trained on {meta[flag]}",
+                        f"pass the same {what}, or start another run with --init-from",
+                    )
+            step = int(state.step)
+            if step > self.config.steps:
                 raise CheckpointError(
-                    f"corpus fingerprint {self.run_.fingerprint}",
-                    f"the run was trained on {meta['fingerprint']}",
-                    "pass the same --data, or start another run with --init-from",
+                    f"--resume with train.steps = {self.config.steps}",
+                    f"the run has taken {step} steps already", f"use {step} or more",
                 )
             self.loader.set_state(data)
-            self.reporter.say(f"resumed {self.folder} at step {int(state.step)}")
+            self.reporter.say(f"resumed {self.folder} at step {step}")
             return state
+        if resume:
+            self.reporter.say(f"{self.folder} holds no complete checkpoint: from the first step")
         state = self.trainer.init(self.config.seed)
-        if init_from is not None:
-            params = checkpoint.restore_params(
-                epath.Path(init_from) / "checkpoints", self.trainer
-            )
-            state = dataclasses.replace(state, params=params)
-            self.reporter.say(f"weights from {init_from}")
-        return state
+        return state if weights is None else dataclasses.replace(state, params=weights)
 
     def _open_trackers(self, wanted) -> list:
         if not self.first:
             return []
         opened: list = [trackers.JsonLines(self.folder / "metrics.jsonl", self.start)]
         if "tb" in wanted:
-            opened.append(trackers.TensorBoard(self.folder / "tb"))
+            opened.append(trackers.TensorBoard(self.folder / "tb", self.start))
         if "wandb" in wanted:
             opened.append(
                 trackers.WandB(self.folder, self.recipe.name, configs.to_dict(self.recipe))
@@ -208,7 +243,7 @@ class _Session:
                 self.state, values = self.trainer.step(self.state, batch)
                 if step == self.start + 1:
                     jax.block_until_ready(values)  # compilation is not training time
-                self.pending.append(_Pending(step, values, time.monotonic()))
+                self.pending.append(_Pending(step, values))
                 evaluates = step == steps or (c.eval_every and step % c.eval_every == 0)
                 saves = step == steps or (c.checkpoint_every and step % c.checkpoint_every == 0)
                 stopped = step < steps and processes.preempted(step, stop.signalled)
@@ -243,9 +278,14 @@ class _Session:
             self._check_finite(item.step, values)
             first = item.step == self.start + 1 and self.start == 0
             if last or first or item.step % self.config.log_every == 0:
-                self._log(item, values, last)
+                self._log(item.step, values, time.monotonic(), last)
 
     def _check_finite(self, step: int, values: dict) -> None:
+        if values["streak"] > 0:
+            self.reporter.say(
+                f"step {step:>6}  skipped: loss {values['loss']}, gradient norm "
+                f"{values['grad_norm']} ({int(values['skipped'])} skipped so far)"
+            )
         if values["streak"] >= MAX_STREAK:
             raise NonFiniteError(
                 f"loss = {values['loss']}, gradient norm = {values['grad_norm']} at step {step}",
@@ -253,13 +293,13 @@ class _Session:
                 "lower the learning rate or --set optimizer.clip_norm, and look at the data",
             )
 
-    def _log(self, item: _Pending, values: dict, validate: bool) -> None:
-        c, step = self.config, item.step
+    def _log(self, step: int, values: dict, at: float, validate: bool) -> None:
+        c = self.config
         speed: dict[str, Any] = {"tokens_per_s": None, "tflops_per_s": None, "mfu": None}
         if self.clock is not None and step > self.clock[1]:
-            seconds = max(item.at - self.clock[0], 1e-9) / (step - self.clock[1])
+            seconds = max(at - self.clock[0], 1e-9) / (step - self.clock[1])
             speed = metrics.rates(self.recipe.model, c.batch, c.seq_len, seconds)
-        self.clock = (item.at, step)
+        self.clock = (at, step)
         validation = {}
         if validate:
             with self._pause():
@@ -267,13 +307,13 @@ class _Session:
         row = {
             "step": step,
             "tokens": step * c.batch * c.seq_len,
-            "loss": values.pop("loss"),
-            "grad_norm": values.pop("grad_norm"),
+            "loss": _number(values.pop("loss")),
+            "grad_norm": _number(values.pop("grad_norm")),
             "lr": float(self.trainer.lr(step - 1)),
             **validation,
             **speed,
             "skipped": int(values.pop("skipped")),
-            **{k: v for k, v in values.items() if k not in ("streak", "loss_tokens")},
+            **{k: _number(v) for k, v in values.items() if k not in ("streak", "loss_tokens")},
         }
         for tracker in self.trackers:
             tracker.log(row)
@@ -304,7 +344,7 @@ class _Session:
             tracker.flush()
 
     def _profile(self, step: int) -> None:
-        if self.profile and step == max(self.profile[0], self.start + 1):
+        if self.profile and step == max(self.profile[0], self.start + 1) <= self.profile[1]:
             jax.profiler.start_trace(str(self.folder / "profile"))
             self._tracing = True
         if self.profile and step > self.profile[1]:
@@ -327,15 +367,7 @@ class _Session:
         if sample is not None:
             (self.folder / "sample.txt").write_text(sample)
             self.reporter.say(f"\nsample:\n{sample}\n")
-        last = rows[-1]
-        self.reporter.say(
-            f"done: step {last['step']}, train loss {last['loss']:.4f} nats, validation "
-            f"{last['val_loss']:.4f} nats"
-            + (
-                f", {last['val_bits_per_byte']:.4f} bits/byte"
-                if last.get("val_bits_per_byte") is not None else ""
-            )
-        )
+        self.reporter.say(f"done: step {self.config.steps}  {describe(rows[-1]) if rows else ''}")
         self.reporter.say(
             f"next: attnlab generate {self.folder} --prompt 'def '   or compare: "
             f"attnlab train --attention mla --out {self.folder}-mla"

@@ -68,17 +68,22 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
     elif config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, config.final)
     else:
-        fall = max(1, round(config.decay * steps))
-        after = optax.linear_schedule(peak, config.final * peak, fall, max(rest - fall, 0))
+        fall = min(max(1, round(config.decay * steps)), rest)
+        after = optax.linear_schedule(peak, config.final * peak, fall, rest - fall)
     if warm == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(peak / (warm + 1), peak, warm), after], [warm])
 
 
+_VECTORS = ("embed", "latent", None)  # None: a width without a name, as MLA's query latent
+
+
 def is_matrix(axes: tuple[str | None, ...]) -> bool:
-    """A projection: a weight with at least two axes beside ``layers`` that is no table."""
+    """A projection from or to a vector: two or more axes beside ``layers``, and no table."""
     own = [a for a in axes if a != "layers"]
-    return len(own) >= 2 and "vocab" not in own and bool({"embed", "latent"} & set(own))
+    if len(own) < 2 or "vocab" in own:
+        return False
+    return own[0] in _VECTORS or own[-1] in _VECTORS[:2]
 
 
 def matrix_dimensions(axes: tuple[str | None, ...]):
@@ -86,7 +91,7 @@ def matrix_dimensions(axes: tuple[str | None, ...]):
     if not is_matrix(axes):
         return None
     own = [i for i, a in enumerate(axes) if a != "layers"]
-    into = own[:1] if axes[own[0]] in ("embed", "latent") else own[:-1]
+    into = own[:1] if axes[own[0]] in _VECTORS else own[:-1]
     out = own[len(into):]
     return optax.contrib.MuonDimensionNumbers(tuple(into), tuple(out))
 

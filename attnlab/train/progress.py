@@ -46,7 +46,7 @@ class Reporter:
 
 
 def describe(row: dict) -> str:
-    parts = [f"loss {row['loss']:.4f}"]
+    parts = ["loss not finite" if row["loss"] is None else f"loss {row['loss']:.4f}"]
     if row.get("val_loss") is not None:
         parts.append(f"val {row['val_loss']:.4f} nats")
         if row.get("val_bits_per_byte") is not None:

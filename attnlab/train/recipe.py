@@ -1,11 +1,13 @@
-"""A recipe is a run, written down: model, data, optimizer, mesh and cadence, as one frozen config."""
+"""A recipe is a run, written down: model, data, optimizer, mesh and cadence in one config."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
+
+from etils import epath
 
 from attnlab.core import config as configs
 from attnlab.core.errors import ConfigError
@@ -75,13 +77,13 @@ def _quickstart() -> Recipe:
         name="quickstart",
         model=presets.preset("quickstart"),
         data=DataConfig(),
+        # Tuned on the embedded corpus: 1.0 M tokens are what two cores read in under three minutes.
         optimizer=OptimizerConfig(
-            name="muon", lr=6e-3, matrix_lr=2e-2, schedule="wsd", warmup=20, decay=0.5, final=0.02,
-            weight_decay=0.0,
+            name="muon", lr=1.2e-2, matrix_lr=1e-2, momentum=0.9, schedule="wsd", warmup=20,
+            decay=0.5, final=0.02, weight_decay=0.0,
         ),
         train=TrainConfig(
-            steps=600, batch=8, seq_len=256, log_every=10, eval_every=200, eval_rows=256,
-            checkpoint_every=200,
+            steps=500, batch=8, seq_len=256, log_every=10, eval_every=250, checkpoint_every=100,
         ),
     )
 
@@ -124,10 +126,10 @@ def load(name: str, assignments: list[str] | None = None) -> Recipe:
     return configs.override(recipe, assignments or [])
 
 
-def from_json(path: str | Path) -> Recipe:
+def from_json(path: Any) -> Recipe:
     """The recipe stored at ``path``."""
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(epath.Path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"recipe file {path}", "does not exist", "check the path") from None
     except json.JSONDecodeError as error:

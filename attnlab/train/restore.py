@@ -30,7 +30,7 @@ class LoadedRun:
 
 
 def load_run(path: str, step: int | None = None) -> LoadedRun:
-    """Open run folder ``path`` at ``step`` (default: its newest checkpoint), on this machine's devices.
+    """Open run folder ``path`` at ``step`` (default: its newest checkpoint) on this machine.
 
     Raises CheckpointError if there is no run, no such checkpoint, or the checkpoint is damaged.
     """

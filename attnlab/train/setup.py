@@ -11,13 +11,15 @@ import jax
 import numpy as np
 
 import attnlab
+from attnlab.core import config as configs
 from attnlab.core.errors import ConfigError
 from attnlab.data.corpus import load_corpus
+from attnlab.data.packing import PackedRows
 from attnlab.data.tokenizer import Tokenizer, load_tokenizer
 from attnlab.parallel import processes
 from attnlab.parallel.mesh import make_mesh
 from attnlab.parallel.rules import RULES
-from attnlab.train.data import PackedRows, build_rows
+from attnlab.train.data import build_rows
 from attnlab.train.recipe import Recipe
 from attnlab.train.state import Trainer, check_batch
 
@@ -39,7 +41,7 @@ class Run:
         versions = {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax")}
         versions["attnlab"] = attnlab.__version__
         return {
-            "recipe": self.recipe.name, "fingerprint": self.fingerprint,
+            "recipe": configs.to_dict(self.recipe), "fingerprint": self.fingerprint,
             "tokenizer": self.tokenizer.fingerprint, "versions": versions,
         }
 
@@ -61,10 +63,8 @@ class Run:
 def make_trainer(recipe: Recipe) -> Trainer:
     """The compiled part of a run: needs no data."""
     c = recipe.train
-    mesh = make_mesh(c.mesh)
-    check_batch(c.batch, c.accumulate, mesh, RULES)
     return Trainer(
-        recipe.model, recipe.optimizer, c.steps, mesh, RULES, accumulate=c.accumulate,
+        recipe.model, recipe.optimizer, c.steps, make_mesh(c.mesh), RULES, accumulate=c.accumulate,
         layout="packed" if recipe.data.document_mask else "full", impl=c.impl,
     )
 
@@ -96,6 +96,7 @@ def read_data(recipe: Recipe) -> tuple[Tokenizer, PackedRows, PackedRows, str, s
 def prepare(recipe: Recipe, say: Callable[[str], None]) -> Run:
     """Read the data, build the mesh and the trainer; all processes must agree on all of it."""
     trainer = make_trainer(recipe)
+    check_batch(recipe.train.batch, recipe.train.accumulate, trainer.mesh, RULES)
     tokenizer, train, val, fingerprint, description = read_data(recipe)
     processes.agree("the recipe or the corpus", recipe.to_json() + fingerprint)
     mesh = ",".join(f"{k}={v}" for k, v in trainer.mesh.shape.items() if v > 1) or "one device"

@@ -150,10 +150,9 @@ class Trainer:
 
     def _step(self, state: TrainState, batch: Batch):
         grads, (nll, count, aux) = self._gradients(state.params, batch)
-        safe = jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g / safe.astype(g.dtype), grads)
-        loss, norm = nll / safe, optax.tree.norm(grads)
-        ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (count > 0)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        loss, norm = nll / count, optax.tree.norm(grads)  # NaN for a batch without any target
+        ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         clipped = optimizer.clip(grads, norm, self.config.clip_norm)
         updates, opt_state = self.tx.update(clipped, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

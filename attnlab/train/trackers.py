@@ -1,7 +1,8 @@
-"""Where numbers go: metrics.jsonl always; the console; TensorBoard and Weights & Biases by extra."""
+"""Where numbers go: metrics.jsonl always; TensorBoard and Weights & Biases by extra."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
@@ -55,15 +56,26 @@ def read(path: epath.Path | str) -> list[Row]:
     return rows
 
 
+def check_installed(wanted: tuple[str, ...]) -> None:
+    """Raise ConfigError unless the packages behind these trackers are there."""
+    for name, package in (("tb", "tensorboardX"), ("wandb", "wandb")):
+        if name in wanted:
+            try:
+                importlib.import_module(package)
+            except ImportError:
+                raise ConfigError(
+                    f"--{name}", f"needs {package}", f'pip install "attnlab[{name}]"'
+                ) from None
+
+
 class TensorBoard:
-    def __init__(self, directory: epath.Path):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "--tb", "needs tensorboardX", 'pip install "attnlab[tb]"'
-            ) from None
-        self.writer = SummaryWriter(str(directory))
+    def __init__(self, directory: epath.Path, resume_at: int = 0):
+        from tensorboardX import SummaryWriter
+
+        # What an earlier process logged past the checkpoint is hidden.
+        self.writer = SummaryWriter(
+            str(directory), purge_step=resume_at + 1 if resume_at else None
+        )
 
     def log(self, row: Row) -> None:
         for name, value in row.items():
@@ -79,10 +91,8 @@ class TensorBoard:
 
 class WandB:
     def __init__(self, directory: epath.Path, name: str, config: dict):
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError("--wandb", "needs wandb", 'pip install "attnlab[wandb]"') from None
+        import wandb
+
         self.run = wandb.init(project="attnlab", name=name, dir=str(directory), config=config)
 
     def log(self, row: Row) -> None:

@@ -10,16 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.core.errors import ConfigError, DataError
-from attnlab.data.corpus import Document, load_corpus
+from attnlab.data.corpus import load_corpus
+from attnlab.data.packing import PackedRows, first_fit_decreasing
+from attnlab.data.readers import Document
 from attnlab.data.tokenizer import ByteTokenizer
-from attnlab.train.data import (
-    DataConfig,
-    PackedRows,
-    build_rows,
-    eval_batches,
-    first_fit_decreasing,
-    make_loader,
-)
+from attnlab.train.data import DataConfig, build_rows, eval_batches, make_loader
 
 BOS = 256
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnlab.core.errors import DataError
-from attnlab.data.corpus import Corpus, Document, load_corpus
+from attnlab.data.corpus import Corpus, load_corpus
+from attnlab.data.readers import Document
 from attnlab.data.tokenizer import (
     ByteTokenizer,
     HFTokenizer,

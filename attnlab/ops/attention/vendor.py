@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def _cudnn_refuses(call) -> str | None:
         nvidia = call.device.platform == "gpu" and "NVIDIA" in call.device.kind
         yield not nvidia, f"runs on NVIDIA GPUs, not on {call.device.platform} {call.device.kind!r}"
         yield from _limits(call, HALF, ("full",))
-        causal, window = plain(call.mask)
+        causal, window = plain(call.mask)  # type: ignore[misc]
         most = 256 if _hopper(call) else 128
         yield call.segments, "segments are not served"
         yield call.logit_cap is not None, "a logit cap is not served"
@@ -81,12 +82,12 @@ def cudnn(
 def _tokamax_refuses(call) -> str | None:
     def limits():
         yield call.device.platform == "tpu", (
-            "untuned, its TPU kernel takes 128-wide tiles and its backward memory quadratic in S"
+            "untuned it runs 128-wide tiles on TPU, and its backward needs memory quadratic in S"
         )
         hopper = call.device.platform == "gpu" and _hopper(call)
         yield not hopper, f"runs on Hopper GPUs, not on {call.device.platform} {call.device.kind!r}"
         yield from _limits(call, HALF, ("full", "packed"))
-        causal, window = plain(call.mask)
+        causal, window = plain(call.mask)  # type: ignore[misc]
         yield call.segments and call.layout != "packed", "segments need layout='packed'"
         yield not causal and window is not None, "a window is served only under a causal mask"
         yield not causal and call.segments, "segments are served only under a causal mask"
@@ -177,7 +178,7 @@ def splash(
     segments = q_coords.segments
     ids = None if segments is None else lib.SegmentIds(segments, k_coords.segments)
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    o = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (scaled, k, v)), ids)
+    o: Any = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (scaled, k, v)), ids)
     return _no_padding(o.swapaxes(1, 2), segments), None
 
 

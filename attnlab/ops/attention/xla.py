@@ -53,7 +53,7 @@ def forward(
     tiles = tile_sizes(B, N, T, k.shape[1])
     spec = _Spec(float(scale), logit_cap, jnp.dtype(softmax_dtype), *tiles)
     args = (q.astype(dtype), k.astype(dtype), v.astype(dtype), sink_logits)
-    o, lse = _attend(spec, *_vary((*args, mask, q_coords, k_coords)))
+    o, lse = _attend(spec, *_vary((*args, mask, q_coords, k_coords)))  # type: ignore[misc]
     return o.astype(v.dtype), lse
 
 
@@ -71,7 +71,7 @@ def tile_sizes(B: int, N: int, T: int, S: int) -> tuple[int, int]:
 
 
 def _even(length: int, most: int) -> int:
-    """The tile, a multiple of 16, that cuts ``length`` into even parts of at most ``most`` tokens."""
+    """The tile, a multiple of 16, that cuts ``length`` evenly into parts of at most ``most``."""
     if length <= most:
         return max(length, 1)
     tile = math.ceil(length / math.ceil(length / most))
@@ -217,9 +217,9 @@ def _row_grads(spec: _Spec, tiling: _Tiling, q, do, lse, delta, k, v):
     n_q, n_k = q.shape[-2] // spec.tile_q, k.shape[-2] // spec.tile_k
 
     def tile(i, j):
-        rows = (_cut(x, i, spec.tile_q) for x in (q, do, lse, delta))
-        columns = (_cut(x, j, spec.tile_k) for x in (k, v))
-        return _pull(spec, *rows, *columns, tiling.seen(spec, i, j, K))
+        rows = _cut((q, do, lse, delta), i, spec.tile_q)
+        columns = _cut((k, v), j, spec.tile_k)
+        return _pull(spec, rows, columns, tiling.seen(spec, i, j, K))
 
     if n_q == n_k == 1:
         return tile(0, 0)
@@ -274,8 +274,9 @@ def _finish(spec: _Spec, state, sink):
     return acc / total, jnp.where(empty, -jnp.inf, top + jnp.log(total))
 
 
-def _pull(spec: _Spec, q, do, lse, delta, k, v, seen):
+def _pull(spec: _Spec, rows, columns, seen):
     """``(dq, dk, dv)`` of one tile."""
+    (q, do, lse, delta), (k, v) = rows, columns
     z = _logits(spec, q, k)
     p = jnp.exp(jnp.where(seen, z - lse, -jnp.inf))
     dv = _dot("bkgts,bkgtv->bksv", p.astype(do.dtype), do, spec.wide)
