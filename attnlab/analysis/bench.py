@@ -1,7 +1,7 @@
 """``attnlab bench``: timings that are compared with a reference before they are taken.
 
-``bench train`` times the real training step of a recipe: device time a step with the batch already in
-place, and the whole loop (loader, placement, dispatch, metrics) beside it. MFU counts visible
+``bench train`` times the real training step of a recipe: device time a step with the batch already
+in place, and the whole loop (loader, placement, dispatch, metrics) beside it. MFU counts visible
 attention pairs only, backward = 2 x forward, no recomputation.
 """
 
@@ -58,8 +58,8 @@ def train(
 ) -> dict[str, Any]:
     """Time ``steps`` training steps of recipe ``name``; the row to store.
 
-    ``step_ms``: median device-bound time of a step, batch in place. ``loop_ms``: median time of a step
-    of the real loop. ``host_ms``: time the host needs to feed and dispatch one.
+    ``step_ms``: median device-bound time of a step, batch in place. ``loop_ms``: mean time of a
+    step of the real loop. ``host_ms``: time the host needs to feed and dispatch one.
     ``host_overhead = loop_ms / step_ms - 1``. ``roofline_ms``: useful FLOPs at the device's peak.
     """
     import jax

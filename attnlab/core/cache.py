@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from attnlab.core.errors import ShapeError, UnsupportedError
@@ -35,8 +36,8 @@ def compact(
 
     For mechanisms that read "the token before" (convolutions, recurrences): where padding stands
     left of a chunk or between tokens, that is not the neighbour in the array. After a stable move
-    to the front it is, and the state a chunk leaves ends at its number of real tokens. Moves nothing
-    where the layout promises order or there is no padding.
+    to the front it is, and the state a chunk leaves ends at its number of real tokens. Moves
+    nothing where the layout promises order or there is no padding.
     """
     if seq.segments is None or seq.layout != "any" or seq.segments.shape[1] == 1:
         return x, seq, lambda y: y

@@ -91,7 +91,8 @@ def override(config: Any, assignments: list[str]) -> Any:
         path, equals, value = text.partition("=")
         if not equals or not path:
             raise ConfigError(f"--set {text!r}", "is not NAME=VALUE", "write --set train.steps=100")
-        node, keys = data, path.strip().split(".")
+        node: Any = data
+        keys: list[Any] = list(path.strip().split("."))
         for depth, key in enumerate(keys):
             name = ".".join(keys[: depth + 1])
             if isinstance(node, list):

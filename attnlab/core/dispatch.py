@@ -22,7 +22,7 @@ class Device:
 
     @staticmethod
     def default() -> Device:
-        device = jax.config.jax_default_device or jax.devices()[0]
+        device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
         if isinstance(device, str):
             device = jax.devices(device)[0]
         platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform

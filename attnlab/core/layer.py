@@ -138,7 +138,7 @@ class Layer(nnx.Module):
         return self.prefill(x, seq, cache, impl=impl)
 
     def check(self, x: jax.Array, seq: Seq, cache: Any = None) -> None:
-        """Raise ShapeError unless ``x`` is ``[B, T, D]``, ``seq`` describes it, ``cache`` fits B."""
+        """Raise ShapeError unless ``x`` is ``[B, T, D]`` and ``seq`` and ``cache`` fit it."""
         dim = self.config.dim
         if x.ndim != 3 or x.shape[-1] != dim or x.shape[1] < 1:
             raise ShapeError(

@@ -1,4 +1,5 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), YaRN (Peng et al. 2023, 2309.00071).
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), YaRN (Peng et al. 2023,
+arXiv 2309.00071).
 
 For pair ``i`` of ``P/2`` and position ``t`` the pair ``(a, b)`` turns by ``t * theta^(-2i/P)``:
 ``(a cos - b sin, a sin + b cos)``. Two pairings exist and both are needed for checkpoints:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.experimental
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
@@ -17,9 +18,7 @@ def enable_x64(on: bool = True):
     """Context manager that switches 64-bit types on (moved out of jax.experimental in 0.11)."""
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(on)
-    from jax.experimental import enable_x64 as legacy
-
-    return legacy(on)
+    return getattr(jax.experimental, "enable_x64")(on)  # noqa: B009 - gone in newer versions
 
 
 def make_mesh(shape: tuple[int, ...], names: tuple[str, ...], devices=None) -> Mesh:

@@ -20,7 +20,7 @@ paper's text; a comment in the Hugging Face port, half of each head, contradicts
 Differences from the paper: its listing divides by a bare norm (NaN on a zero row), public ports
 clamp it in the activation dtype (8e-3 in bf16); here fp32 and eps 1e-12. Its beta is exp(tau);
 ports read tau ("raw") or exp(clip(tau, 1e-7, 2)) ("exp_clamp"): pick by checkpoint. Raw starts at
-tau = 1: tau = 0 means zero keys and no gradient to W_K. exp_clamp starts inside its clip, at 1e-3.
+tau = 1 (0 means zero keys, no gradient to W_K), exp_clamp at 1e-3 (no gradient outside its clip).
 
 Sources: Figliolia et al. 2025, arXiv 2510.04476; ZAYA1 2025, arXiv 2511.17127 (C1 = 2, K = 2).
 Cache: final k and v, 2 K H numbers a token; a row also keeps k0 + k1 - 2 rows of u and one of w.

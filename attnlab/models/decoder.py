@@ -5,7 +5,8 @@
     logits = rms_norm(h) W_head^T               W_head = E when tied
 
 The period may mix attention variants (one config each); it is repeated ``repeats`` times. The
-parameters of one place in the period are stacked over the repeats on a leading ``layers`` axis and scanned.
+parameters of one place in the period are stacked over the repeats on a leading ``layers`` axis and
+scanned.
 """
 
 from __future__ import annotations

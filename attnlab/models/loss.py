@@ -3,7 +3,8 @@
     nll = sum_t w_t (lse_t - z_t[y_t])        z = h W^T + mask of padding ids, fp32
     z_loss = sum_t w_t lse_t^2                (Chowdhery et al. 2022, arXiv 2204.02311)
 
-Only one chunk of logits ``[B, C, vocabulary]`` exists at a time. The gradient in h and W is formed in the forward pass, chunk by chunk, so no chunk of logits is computed twice.
+Only one chunk of logits ``[B, C, vocabulary]`` exists at a time. The gradient in h and W is formed
+in the forward pass, chunk by chunk, so no chunk of logits is computed twice.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def cross_entropy(
     """``(total, nll)``, both sums over weighted tokens, fp32.
 
     Args:
-        hidden: ``[B, T, D]``. table: ``[rows, D]`` with rows >= vocab_size (padding rows never win).
+        hidden: ``[B, T, D]``. table: ``[rows, D]`` rows >= vocab_size, the rest is padding.
         targets: int32 ``[B, T]``. weights: ``[B, T]``, 0 where a target does not count.
         z_loss: weight of lse^2 in ``total``; ``nll`` never contains it and carries no gradient.
         chunk: tokens a row at a time; default bounds the logits at 256 MiB. Where it does not

@@ -1,8 +1,8 @@
 """Checkpoints through orbax: asynchronous, atomic, keep-n, restorable on another mesh.
 
 A checkpoint holds the training state, the data iterator's state and a meta record: format,
-parameter layout, corpus fingerprint, versions and one checksum a leaf. The checksums are verified on
-restore, so a damaged file is found even where the storage format would not notice.
+parameter layout, corpus fingerprint, versions and one checksum a leaf. The checksums are verified
+on restore, so a damaged file is found even where the storage format would not notice.
 """
 
 from __future__ import annotations

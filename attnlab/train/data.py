@@ -163,7 +163,8 @@ def make_loader(
     if shuffle:
         dataset = dataset.shuffle(seed=seed)
     # A finite number of epochs that nobody reaches: endless ones overflow grain's length.
-    dataset = dataset.repeat(2**48 // len(rows) + 1)[shard_index::shard_count].batch(batch // shard_count)
+    dataset = dataset.repeat(2**48 // len(rows) + 1)
+    dataset = dataset[shard_index::shard_count].batch(batch // shard_count)
     return Loader(dataset, start_step, threads)
 
 

@@ -18,13 +18,13 @@ class OptimizerConfig:
     """Config of the optimizer.
 
     Args:
-        name: "adamw" (Loshchilov & Hutter 2017, arXiv 1711.05101) or "muon" (Jordan et al. 2024; Liu
-            et al. 2025, arXiv 2502.16982): orthogonalised momentum on projection matrices, AdamW on
-            embeddings, norms and everything else.
+        name: "adamw" (Loshchilov & Hutter 2017, arXiv 1711.05101) or "muon" (Jordan et al. 2024;
+            Liu et al. 2025, arXiv 2502.16982): orthogonalised momentum on projection
+            matrices, AdamW on embeddings, norms and everything else.
         lr: peak learning rate. matrix_lr: Muon's own for matrices, scaled to AdamW's update RMS.
-        schedule: after a linear warmup of ``warmup`` steps: "cosine" to ``final`` * lr over the run;
-            "wsd": constant, then linear to ``final`` * lr over the last ``decay`` share of the run
-            (Hu et al. 2024, arXiv 2404.06395); "constant".
+        schedule: after a linear warmup of ``warmup`` steps: "cosine" to ``final`` * lr over the
+            run; "wsd": constant, then linear to ``final`` * lr over the last ``decay`` share of the
+            run (Hu et al. 2024, arXiv 2404.06395); "constant".
         b1, b2, eps: AdamW's. momentum: Muon's. weight_decay: on matrices only (not on norms,
             biases and embeddings). clip_norm: global gradient norm, None = off.
     """
@@ -72,7 +72,8 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
         after = optax.linear_schedule(peak, config.final * peak, fall, rest - fall)
     if warm == 0:
         return after
-    return optax.join_schedules([optax.linear_schedule(peak / (warm + 1), peak, warm), after], [warm])
+    rise = optax.linear_schedule(peak / (warm + 1), peak, warm)
+    return optax.join_schedules([rise, after], [warm])
 
 
 _VECTORS = ("embed", "latent", None)  # None: a width without a name, as MLA's query latent

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,15 @@ OP = Op(
 )
 
 
+@overload
 def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: Literal[False] = False, **keywords: Any
+) -> jax.Array: ...
+@overload
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: Literal[True], **keywords: Any
+) -> tuple[jax.Array, jax.Array]: ...
+def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fold the keywords
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
