@@ -143,7 +143,8 @@ CASES: dict[str, Case] = {
             _CCA | {"num_kv_heads": 1, "head_dim": 6, "convs": 1, "conv_bias": False,
                     "value_shift": False, "rotary_fraction": 0.7, "logit_cap": 3.0},
             _CCA | {"num_kv_heads": 4, "conv_widths": (2, 3), "temperature_mode": "exp_clamp",
-                    "window": 4, "conv_init": "identity", "rope_pairing": "interleaved"},
+                    "window": 4, "sink_logits": True, "conv_init": "identity",
+                    "rope_pairing": "interleaved"},
         ),
         oracle="attnlab.testing.oracle_cca:cca_oracle",
         bad=(
