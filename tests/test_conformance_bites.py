@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_conformance  # noqa: F401 - registers the checks
-from subject import CHECKS, Subject
+from subject import CHECKS, NEEDS_CACHE, Subject
+from test_conformance import run
 
 from attnlab.core.cache import KVCache, segments_of
-from attnlab.core.mask import Causal, Window
+from attnlab.core.layer import Layer
+from attnlab.core.mask import Causal, Full, Window
 from attnlab.core.types import Out, Seq
 from attnlab.layers.gqa import GQA, GQAConfig
 
@@ -225,3 +226,27 @@ def test_the_healthy_layer_passes_the_same_checks():
     subject = broken(Healthy)
     for title in sorted({title for titles in MUTANTS.values() for title in titles}):
         CHECKS[title](subject)
+
+
+def encoder(**methods) -> Subject:
+    """GQA as an encoder; ``methods`` of the module."""
+    module = type("Encoder", (GQA,), methods)
+    config = type(
+        "EncoderConfig", (GQAConfig,),
+        {"causal": False, "decode": False, "mask": property(lambda self: Full()),
+         "build": lambda self, rngs: module(self, rngs)},
+    )
+    tiny = {"dim": 24, "num_heads": 4}
+    return Subject("gqa0", dataclasses.replace(cases.CASES["gqa"], configs=(tiny,)), config(**tiny))
+
+
+def test_a_layer_that_declares_less_must_refuse():
+    refusing = {name: getattr(Layer, name) for name in ("init_cache", "prefill", "decode")}
+    honest = encoder(**refusing)
+    for title in ("causality", "no_decode_raises", "padding_is_inert", "out_in_every_mode"):
+        assert title not in NEEDS_CACHE
+        run(honest, title)
+    with pytest.raises(AssertionError, match="future"):
+        CHECKS["causality"](honest)
+    with pytest.raises(pytest.fail.Exception):
+        run(encoder(), "no_decode_raises")  # it kept its cache

@@ -587,6 +587,13 @@ def test_train_refuses_a_second_one_and_stops(pod):
     assert not (pod.homes[0] / "attnlab-logs/two.pid").exists()
 
 
+def test_a_training_saved_on_sigterm_is_not_finished(pod):
+    install(pod, "#!/bin/sh\necho 'SIGTERM: saved step 3 in gs://b/r; go on with ...'\n")
+    pod("train", "lab", *OUT)
+    for home in pod.homes:
+        assert wait_for(home / "attnlab-logs/train.exit") == "75\n"
+
+
 def test_train_without_setup(pod):
     pod.script("execute")
     done = pod("train", "lab", *OUT, code=1)

@@ -279,8 +279,9 @@ training_status() {
 # Starts it detached, in a session of its own. Once: gcloud repeats a command whose connection broke.
 training_command() { # ARGS...
   local run="attnlab-logs/$OPT_run" wrapped
-  # The trap keeps the wrapper alive through the SIGTERM of a pre-emption, so that the exit code is still written.
-  wrapped="trap : TERM; PATH=\$HOME/attnlab-venv/bin:\$PATH; attnlab train${1+ $(quote "$@")}; echo \$? >~/$run.tmp; mv ~/$run.tmp ~/$run.exit"
+  # The trap keeps the wrapper alive through the SIGTERM of a pre-emption, so that the exit code is still written. A training that
+  # saved on SIGTERM exits with 0 and says so in its log: 75 tells it apart from one that reached its end.
+  wrapped="trap : TERM; PATH=\$HOME/attnlab-venv/bin:\$PATH; attnlab train${1+ $(quote "$@")}; code=\$?; if [ \$code = 0 ] && tail -n 5 ~/$run.log | grep -q '^SIGTERM: saved'; then code=75; fi; echo \$code >~/$run.tmp; mv ~/$run.tmp ~/$run.exit"
   # shellcheck disable=SC2016  # expanded by the worker's shell
   printf '%s' 'mkdir -p ~/attnlab-logs; cd ~/attnlab || { echo "no ~/attnlab on $(hostname): run setup.sh first" >&2; exit 1; }; ' \
     "if [ -e ~/$run.pid ] && [ ! -e ~/$run.exit ] && ps -o args= -p \"\$(cat ~/$run.pid)\" | grep -q attnlab; then echo \"\$(hostname): started already\"; " \

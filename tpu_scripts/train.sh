@@ -10,7 +10,7 @@ train.sh NAME [flags] -- [attnlab train args]: start 'attnlab train ...' on all 
 (jax.distributed reads the TPU's own metadata): no addresses or ranks. Refuses while a training runs. On more than one worker --out
 must be remote: a pod has no shared disk, so a local --out would leave each worker with its own part of a checkpoint.
 
-  train.sh lab --zone us-west4-a -- --config small --out gs://bucket/runs/small
+  train.sh lab --zone us-west4-a -- 350m --mesh fsdp=-1 --out gs://bucket/runs/350m
 
 Each worker keeps ~/attnlab-logs/RUN.log and, at the end, RUN.exit with the exit code (see logs.sh and watch.sh).
 

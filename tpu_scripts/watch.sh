@@ -11,7 +11,7 @@ FAILED or PREEMPTED: delete it, create it again with the same settings, set up t
 when the training finished, and with the training's own code and last log lines when it failed. Stop watching with Ctrl-C: the training
 goes on, and watch.sh can be started again at any time.
 
-  watch.sh lab --type v5litepod-16 --zone us-west4-a --spot -- --config small --out gs://bucket/runs/small
+  watch.sh lab --type v5litepod-16 --zone us-west4-a --spot -- 350m --mesh fsdp=-1 --out gs://bucket/runs/350m
 
   --type TYPE        type to create (default: the existing request's)
   --runtime VERSION  runtime to create (default: the existing request's, else by type)
@@ -22,7 +22,7 @@ goes on, and watch.sh can be started again at any time.
   --poll SECONDS     time between looks (default 30)
 $COMMON_HELP
 
-Exit codes of 'attnlab train': 0 finished; 75 and 143 saved and stopped by SIGTERM, so restart; any other failed, so stop.
+Exit codes of a training: 0 finished; 75 (saved on SIGTERM) and 143 stopped by SIGTERM, so restart; any other failed, so stop.
 EOF
 }
 
@@ -70,8 +70,14 @@ recreate() {
 setup() { "$HERE/setup.sh" "$NAME" "${PASSED[@]}" "--ref=$commit" "--slices=${OPT_slices:-1}"; }
 
 train() {
-  local args=(${REST[@]+"${REST[@]}"}) resume=1 arg
-  for arg in ${args[@]+"${args[@]}"}; do case "$arg" in --resume | --resume=*) resume="" ;; esac done
+  local args=() resume=1 arg
+  for arg in ${REST[@]+"${REST[@]}"}; do
+    case "$arg" in
+      --resume) resume="" ;;
+      --overwrite) [ "$restarts" -eq 0 ] || continue ;; # the first start has overwritten; a restart goes on
+    esac
+    args+=("$arg")
+  done
   if [ "$restarts" -gt 0 ] && [ -n "$resume" ]; then args+=(--resume); fi
   local type_flag=()
   [ -z "$OPT_type" ] || type_flag=("--type=$OPT_type")

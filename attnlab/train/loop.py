@@ -70,7 +70,8 @@ def run(
                 )
                 reporter.say(f"weights from {init_from}")
             # Whatever can be wrong has been found by now: only from here on the folder changes.
-            _claim(folder, recipe, before)
+            if before is None:
+                _claim(folder)
             if before is not None and before.train.steps != recipe.train.steps:
                 reporter.say(
                     f"train.steps = {recipe.train.steps} instead of {before.train.steps}: from "
@@ -105,19 +106,22 @@ def _refuse_taken(folder) -> None:
         )
 
 
-def _claim(folder, recipe: Recipe, before: Recipe | None) -> None:
-    """Write config.json; a new run first removes what another one left."""
+def _claim(folder) -> None:
+    """Make the folder, and remove what another run left in it."""
     processes.barrier("attnlab_folder_checked")
-    if processes.is_first() and recipe != before:
-        for name in _OWN_FILES if before is None else ():
+    if processes.is_first():
+        for name in _OWN_FILES:
             path = folder / name
             if path.exists():
                 path.rmtree() if path.is_dir() else path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "config.json.part"
-        partial.write_text(recipe.to_json())
-        partial.replace(folder / "config.json")
     processes.barrier("attnlab_folder_ready")
+
+
+def _store(folder, recipe: Recipe) -> None:
+    partial = folder / "config.json.part"
+    partial.write_text(recipe.to_json())
+    partial.replace(folder / "config.json")
 
 
 def _check_same(before: Recipe, after: Recipe) -> None:
@@ -193,6 +197,8 @@ class _Session:
         )
         self.state = self._start(resume, weights)
         self.start = int(self.state.step)
+        if self.first:
+            _store(folder, self.recipe)
         self.trackers = self._open_trackers(wanted)
         self.pending: collections.deque[_Pending] = collections.deque()
         self.clock: tuple[float, int] | None = None  # when and at which step the last row was
