@@ -326,20 +326,16 @@ def no_decode_raises(s: Subject):
 
 @check(cache=True)
 def split_prefill(s: Subject):
-    """Prefill in odd pieces = the training pass, for whole rows and for packed ones."""
+    """Prefill at once or in odd pieces = the training pass, for whole rows and for packed ones."""
+    y, cache = s.lab.prefill(s.x, Seq.full(B, T), s.lab.cache(B, 40))
+    close(y, s.y, name="prefill")
+    assert np.array_equal(cache.length, [T] * B)
     y, cache = s.lab.walk(s.x, ones(B, T), s.lab.cache(B, 40), SPLITS)
     close(y, s.y, name="split prefill")
     assert np.array_equal(cache.length, [T] * B)
     y, cache = s.lab.walk(s.x, s.packed, s.lab.cache(B, 40), SPLITS)
     close(y, s.packed_grads[0], name="split prefill of packed rows")
     assert np.array_equal(cache.length, (~is_padding(s.packed)).sum(1)), "padding takes slots"
-
-
-@check(cache=True)
-def whole_prefill(s: Subject):
-    y, cache = s.lab.prefill(s.x, Seq.full(B, T), s.lab.cache(B, 40))
-    close(y, s.y, name="prefill")
-    assert np.array_equal(cache.length, [T] * B)
 
 
 @check(cache=True)
@@ -646,11 +642,7 @@ def window_of_the_row_is_no_window(s: Subject):
         close(narrow.train(s.x, s.packed), y)
 
 
-def _subjects() -> dict[str, tuple]:
-    return {name: (case, config) for name, case, config in cases.configs()}
-
-
-SUBJECTS = _subjects()
+SUBJECTS = {name: (case, config) for name, case, config in cases.configs()}
 
 
 @functools.cache

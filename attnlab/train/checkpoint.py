@@ -8,6 +8,7 @@ on restore, so a damaged file is found even where the storage format would not n
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from typing import Any
 
@@ -285,4 +286,6 @@ def _check_shapes(stored: dict[str, list[int]], like: Any, directory, step: int)
 
 def _short(error: Exception) -> str:
     """One line of an error that somebody else wrote."""
+    # Of many failed reads one is raised; asyncio would print the others when they are collected.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     return " ".join(str(error).split())[:200] or type(error).__name__

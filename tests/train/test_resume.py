@@ -132,15 +132,15 @@ def data_files(step: pathlib.Path) -> list[pathlib.Path]:
 
 
 def flip(step):
-    path = data_files(step)[0]
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 0x10
-    path.write_bytes(raw)
+    for path in data_files(step):
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2 :: 400] = bytes(x ^ 0x10 for x in raw[len(raw) // 2 :: 400])
+        path.write_bytes(raw)
 
 
 def truncate(step):
-    path = data_files(step)[0]
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for path in data_files(step):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def lie(step):

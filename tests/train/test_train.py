@@ -172,8 +172,8 @@ def test_init_from_takes_the_weights_alone(finished, data, tmp_path, capsys):
     assert first["loss"] < last["loss"] + 0.7 < rows(source)[0]["loss"], "with trained weights"
     other = ["--init-from", str(source), "--set", "model.mlp_dim=32"]
     one_line(
-        capsys, 1, command(data, tmp_path / "other", *other), "w_", "shape [1, 16, 16]",
-        "[1, 16, 32]",
+        capsys, 1, command(data, tmp_path / "other", *other), "w_down", "shape [1, 16, 16]",
+        "[1, 32, 16]",
     )
 
 

@@ -61,6 +61,7 @@ def _cudnn_refuses(call) -> str | None:
         yield call.logit_cap is not None, "a logit cap is not served"
         yield window is not None and not causal, "a window is served only under a causal mask"
         yield call.H != call.V, f"H = {call.H} and V = {call.V} differ"
+        yield call.T % 2 > 0, f"T = {call.T} is odd"
         yield call.H % 8 > 0 or call.H > most, f"H = {call.H} is not a multiple of 8 up to {most}"
 
     return _first(limits())

@@ -1,0 +1,84 @@
+"""Vendor attention on a real GPU, forward and gradients, against the dense reference in fp32.
+
+    pytest -n 0 tests/gpu
+
+An implementation may be at most twice as wrong as the reference run in bf16, plus a rounding band.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab import Causal, Window, attention
+from attnlab.core.dispatch import Device
+from attnlab.core.errors import ImplementationError
+
+pytestmark = pytest.mark.skipif(
+    Device.default().platform != "gpu", reason="needs a GPU; CI has none"
+)
+
+CASES = {
+    "causal": dict(mask=Causal()),
+    "window": dict(mask=Causal() & Window(100)),
+    "window 1": dict(mask=Causal() & Window(1)),
+    "scale": dict(mask=Causal(), scale=0.3),
+    "cap": dict(mask=Causal(), logit_cap=5.0),
+    "packed": dict(mask=Causal(), packed=True),
+    "packed window": dict(mask=Causal() & Window(100), packed=True),
+}
+SHAPES = {  # B, T, N, K, H, V
+    "GQA 128": (2, 1024, 8, 2, 128, 128),
+    "MHA 64": (2, 512, 4, 4, 64, 64),
+    "MQA 128, odd length": (1, 777, 4, 1, 128, 128),
+    "MLA 192/128": (1, 512, 4, 4, 192, 128),
+    "256": (1, 512, 2, 1, 256, 256),
+}
+
+
+def packed(B: int, T: int):
+    cuts = [0, 1, T // 3, T // 3 + 5, 3 * T // 4, T - 7]
+    segments = np.searchsorted(cuts, np.arange(T), side="right")
+    starts = np.asarray(cuts)[segments - 1]
+    positions = np.arange(T) - starts
+    segments = np.where(np.arange(T) >= T - 7, 0, segments)
+    positions = np.where(segments > 0, positions, 0)
+    return jnp.tile(positions.astype(np.int32), (B, 1)), jnp.tile(segments.astype(np.int32), (B, 1))
+
+
+@pytest.mark.parametrize("impl", ["cudnn", "tokamax", "xla"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_reference(impl, shape, case):
+    B, T, N, K, H, V = SHAPES[shape]
+    options = dict(CASES[case])
+    if options.pop("packed", False):
+        positions, segments = packed(B, T)
+        options |= dict(positions=positions, segments=segments, layout="packed")
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = ((N, H), (K, H), (K, V), (N, V))
+    q, k, v, do = (jax.random.normal(key, (B, T, *s)) for key, s in zip(keys, sizes))
+
+    def run(name, dtype):
+        args = [a.astype(dtype) for a in (q, k, v)]
+
+        def loss(*args):
+            out = attention(*args, impl=name, **options)
+            return (out.astype(jnp.float32) * do).sum(), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*args)
+        return [np.asarray(a, np.float64) for a in (out, *grads)]
+
+    try:
+        fast = run(impl, jnp.bfloat16)
+    except ImplementationError as refusal:
+        pytest.skip(reason=f"refused: {refusal.rule}")
+    with jax.default_matmul_precision("highest"):
+        exact = run("reference", jnp.float32)
+    rough = run("reference", jnp.bfloat16)
+    for name, a, b, c in zip(("o", "dq", "dk", "dv"), fast, exact, rough, strict=True):
+        norm = np.linalg.norm(b) or np.sqrt(b.size)  # a window of 1 has no gradient in q and k
+        error, allowed = np.linalg.norm(a - b) / norm, np.linalg.norm(c - b) / norm
+        assert error <= 2 * allowed + 4e-3, f"{name}: {error:.2e}, reference {allowed:.2e}"

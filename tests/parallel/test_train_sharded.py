@@ -1,0 +1,99 @@
+"""Training on 8 virtual devices is training on one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from attnlab.core.errors import ConfigError, MeshError
+from attnlab.parallel import rules
+from attnlab.parallel.mesh import make_mesh, parse
+
+SCRIPT = pathlib.Path(__file__).with_name("sharded_training.py")
+
+
+def results(name: str, root: pathlib.Path) -> dict:
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
+    env = {
+        **os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
+        "JAX_COMPILATION_CACHE_DIR": str(root / ".pytest_cache" / f"jax-{jax.__version__}"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), name], env=env, capture_output=True, text=True, timeout=580
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_close(got, want, rel):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a == pytest.approx(b, rel=rel)
+
+
+@pytest.mark.devices8
+@pytest.mark.parametrize("name", ["gqa", "mla", "cca"])
+def test_meshes(name, root):
+    found = results(name, root)
+    assert found["devices"] == 8
+    single, product = found["single"], "data=2,fsdp=2,tensor=2"
+    assert single[-1][0] < single[0][0]
+    meshes = [key[4:] for key in found if key.startswith("cut ")]
+    assert product in meshes and (name != "gqa" or len(meshes) == 5)
+    for mesh in meshes:
+        assert_close(found[mesh], single, 1e-5)
+        here, everywhere = found[f"opt {mesh}"]
+        if mesh == "data=8":
+            assert found[f"cut {mesh}"] == 0 and here == everywhere, "dp replicates"
+        else:
+            assert found[f"cut {mesh}"] > 0.6
+        if mesh == "fsdp=8":
+            assert here < everywhere / 7, "the optimizer state is cut as the parameters are"
+    want = found["rest on the same mesh"]
+    assert want == found[product][3:], "saving disturbs nothing"
+    assert found[f"rest on {product}, 8"] == want and found["bitwise"]
+    others = [key for key in found if key.startswith("rest on ") and product not in key]
+    assert "rest on fsdp=4,tensor=2, 8" in others and (name != "gqa" or len(others) == 4)
+    for key in others:
+        assert_close(found[key], want, 1e-5)
+    if name == "gqa":
+        for label in ("muon", "accumulate"):
+            assert_close(*found[label], 2e-5)
+
+
+# The tables and the arithmetic of meshes need no devices.
+
+
+def test_rules():
+    assert rules.RULES == rules.combine(["dp", "fsdp", "tp"])
+    assert rules.RULES["batch"] == ("data", "fsdp") and rules.RULES["embed"] == ("fsdp",)
+    assert rules.RULES["heads"] == ("tensor",) and "latent" not in rules.RULES
+    assert rules.combine(["tp", "dp"]) == rules.combine(["dp", "tp"])
+    assert rules.combine(["dp"]) == {"batch": ("data",)}
+    with pytest.raises(MeshError, match="'pp'"):
+        rules.combine(["pp"])
+
+
+@pytest.mark.parametrize("text", ["data", "data=0", "data=x", "rows=2", "data=2,data=2", "data=-2"])
+def test_bad_mesh_texts(text):
+    with pytest.raises(MeshError, match="AXIS=SIZE"):
+        parse(text)
+
+
+def test_make_mesh():
+    one = jax.devices()[:1]
+    for sizes in (None, "data=1", "fsdp=-1", "data=1,fsdp=-1,tensor=1", {"tensor": 1}):
+        mesh = make_mesh(sizes, one)
+        assert mesh.axis_names == rules.MESH_AXES and mesh.size == 1
+    for sizes in ("data=2", "data=-1,fsdp=-1", "data=2,fsdp=-1"):
+        with pytest.raises(MeshError, match="devices"):
+            make_mesh(sizes, one)
+    assert issubclass(MeshError, ValueError) and not issubclass(MeshError, ConfigError)
