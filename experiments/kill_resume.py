@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -110,11 +111,11 @@ def trial(folder, number, recipe, steps, env, limit, whole) -> dict:
     else:
         raise RuntimeError("no kill came in time")
     text = finish(start(out, ["--resume"], env), limit)
-    resumed = [line for line in text.splitlines() if "resumed" in line or "complete" in line]
+    resumed = re.search(r"resumed .* at step (\d+)", text)
     same_rows, same_state = numbers(out) == whole[0], checksums(out) == whole[1]
     shutil.rmtree(out)
     return {
-        "trial": number, **killed, "resumed": " ".join(resumed[-1:])[-60:],
+        "trial": number, **killed, "resumed_at": int(resumed.group(1)) if resumed else 0,
         "same_rows": same_rows, "same_state": same_state, "same": same_rows and same_state,
     }
 
@@ -160,11 +161,11 @@ def main() -> int:
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
     found = experiment(args.out, args.kills, results=args.results)
-    print(f"{'trial':>5} {'last row':>8} {'in a save':>9} {'rows':>6} {'state':>6}  resumed")
+    print(f"{'trial':>5} {'last row':>8} {'in a save':>9} {'rows':>6} {'state':>6}  resumed at")
     for t in found["trials"]:
         print(
             f"{t['trial']:>5} {t['last_row']:>8} {t['during_save']!s:>9} {t['same_rows']!s:>6} "
-            f"{t['same_state']!s:>6}  {t['resumed']}"
+            f"{t['same_state']!s:>6}  {t['resumed_at']}"
         )
     good = sum(t["same"] for t in found["trials"])
     print(f"{good} of {len(found['trials'])} equal to the run that nothing interrupted")

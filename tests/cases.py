@@ -138,13 +138,11 @@ CASES: dict[str, Case] = {
     "cca": Case(
         configs=(
             _CCA,
-            _CCA | {"num_kv_heads": 2, "window": 5, "sink_tokens": 2, "sink_logits": True,
+            _CCA | {"num_kv_heads": 1, "window": 5, "sink_tokens": 2, "sink_logits": True,
                     "conv_widths": (3, 4), "temperature_mode": "raw"},
-            _CCA | {"num_kv_heads": 1, "head_dim": 6, "convs": 1, "conv_bias": False,
-                    "value_shift": False, "rotary_fraction": 0.7, "logit_cap": 3.0},
-            _CCA | {"num_kv_heads": 4, "conv_widths": (2, 3), "temperature_mode": "exp_clamp",
-                    "window": 4, "sink_logits": True, "conv_init": "identity",
-                    "rope_pairing": "interleaved"},
+            _CCA | {"num_kv_heads": 2, "head_dim": 6, "convs": 1, "conv_bias": False,
+                    "value_shift": False, "rotary_fraction": 0.7, "rope_pairing": "interleaved",
+                    "logit_cap": 3.0, "temperature_mode": "exp_clamp", "window": 4},
         ),
         oracle="attnlab.testing.oracle_cca:cca_oracle",
         bad=(

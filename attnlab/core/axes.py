@@ -88,6 +88,19 @@ def current() -> tuple[Mesh, Rules] | None:
     return _context.get()
 
 
+def shards(axis: str, size: int) -> int:
+    """Into how many shards the enclosing ``sharding`` block cuts ``size`` entries of a logical axis.
+
+    1 without a mesh, and where the mesh does not divide ``size``.
+    """
+    context = _context.get()
+    if context is None:
+        return 1
+    mesh, rules = context
+    count = math.prod(mesh.shape.get(a, 1) for a in rules.get(axis, ()))
+    return count if size % count == 0 else 1
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to the mesh by its logical axes; the identity without a mesh.
 

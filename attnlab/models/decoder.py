@@ -180,7 +180,8 @@ class Decoder(nnx.Module):
         """``(h[B, T, D], caches, aux)`` after the final norm; aux sums the layers' scalars."""
         c = self.config
         seq.check(*tokens.shape)
-        h = jnp.take(self.embedding[...], tokens, axis=0).astype(c.precision.compute)
+        table = constrain(self.embedding[...], "vocab", "width")  # fsdp gathers rows whole
+        h = jnp.take(table, tokens, axis=0).astype(c.precision.compute)
         h = constrain(h, "batch", "time", "width")
         h, caches, aux = self._repeat(h, seq, caches, step, impl)
         wide = jnp.dtype(c.precision.softmax)

@@ -14,6 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attnlab.core.axes import constrain, shards
+
 _LOGIT_BYTES = 256 * 2**20
 
 
@@ -43,21 +45,27 @@ def cross_entropy(
             divide T, rows are filled up with tokens of weight 0.
     """
     B, T, _ = hidden.shape
-    chunk = min(chunk or chunk_length(B, T, table.shape[0]), T)
+    # Batch shards are an axis of their own, so that each device sums its part of the gradient of
+    # the table over all chunks and the parts meet once, not once a chunk.
+    parts = shards("batch", B)
+    chunk = min(chunk or chunk_length(B // parts, T, table.shape[0]), T)
     chunks = -(-T // chunk)
 
     def split(x):
         if chunks * chunk > T:
             x = jnp.pad(x, [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(B, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+        x = x.reshape(parts, B // parts, chunks, chunk, *x.shape[2:])
+        x = jnp.moveaxis(x, 2, 0)
+        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
     rows = (split(hidden), split(targets), split(weights.astype(jnp.float32)))
+    table = constrain(table, "vocab", "width")
     total, nll = _chunked(rows[0], table, rows[1], rows[2], vocab_size, z_loss)
     return total, jax.lax.stop_gradient(nll)
 
 
 def _logits(h, table, vocab_size):
-    z = jnp.einsum("bcd,vd->bcv", h, table, preferred_element_type=_wide(h.dtype))
+    z = jnp.einsum("pbcd,vd->pbcv", h, table, preferred_element_type=_wide(h.dtype))
     real = jnp.arange(table.shape[0]) < vocab_size
     return jnp.where(real, z, -1e30)
 
@@ -96,14 +104,15 @@ def _chunked_fwd(hidden, table, targets, weights, vocab_size, z_loss):
         p = jnp.exp(z - lse[..., None])
         d = p * (1 + 2 * z_loss * lse)[..., None] - jax.nn.one_hot(y, z.shape[-1], dtype=wide)
         d = (d * w[..., None]).astype(h.dtype)
-        d_h = jnp.einsum("bcv,vd->bcd", d, cast)
-        d_table += jnp.einsum("bcv,bcd->vd", d, h, preferred_element_type=wide)
+        d_h = jnp.einsum("pbcv,vd->pbcd", d, cast)
+        here = jnp.einsum("pbcv,pbcd->pvd", d, h, preferred_element_type=wide)
+        d_table = constrain(d_table + here, "batch", "vocab", "width")
         return (total + part, nll + part_nll, d_table), d_h
 
     zero = jnp.zeros((), wide)
-    start = (zero, zero, jnp.zeros(table.shape, wide))
+    start = (zero, zero, jnp.zeros((hidden.shape[1], *table.shape), wide))
     (total, nll, d_table), d_hidden = jax.lax.scan(body, start, (hidden, targets, weights))
-    return (total, nll), (d_hidden, d_table.astype(table.dtype), weights)
+    return (total, nll), (d_hidden, d_table.sum(0).astype(table.dtype), weights)
 
 
 def _chunked_bwd(vocab_size, z_loss, residuals, cotangents):

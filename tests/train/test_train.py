@@ -15,7 +15,8 @@ from tiny_runs import STEPS, command, rows, saved
 from attnlab import cli
 from attnlab.core.errors import CheckpointError
 from attnlab.models.decoder import DecoderConfig
-from attnlab.train import loop, metrics, recipe as recipes
+from attnlab.train import loop, metrics
+from attnlab.train import recipe as recipes
 from attnlab.train.restore import load_run
 
 
