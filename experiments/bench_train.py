@@ -3,7 +3,7 @@
     python experiments/bench_train.py             # times every cell that has no row for this device
     python experiments/bench_train.py --plot      # only draws the plot from the stored rows
 
-Device minutes: about 1 for each cell. Rows: results/bench_train.json; plot: results/bench_train.png.
+Device minutes: about 1 a cell. Rows: results/bench_train.json; plot: results/bench_train.png.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Is a run that was killed and resumed the run that nothing interrupted?
 
-Trains one recipe undisturbed, then again and again with one SIGKILL each, at a random step or while
-a checkpoint is being written, resumes it, and compares every logged number and the checksum of every
-array of the last checkpoint. Trials already in the results file are not repeated.
+Trains one recipe undisturbed, then again and again with one SIGKILL each, at a random step or
+while a checkpoint is being written, resumes it, and compares every logged number and the checksum
+of every array of the last checkpoint. Trials already in the results file are not repeated.
 
     python experiments/kill_resume.py --out /tmp/kills
 """
@@ -70,7 +70,7 @@ def half_written(out: pathlib.Path) -> list[str]:
 
 
 def run_until_killed(out, recipe, env, at: int | None, limit: float) -> dict | None:
-    """Kill once step ``at`` is logged (None: while a save is under way); None if it came too late."""
+    """Kill once step ``at`` is logged (None: while a save is under way); None if too late."""
     shutil.rmtree(out, ignore_errors=True)
     process = start(out, recipe, env)
     deadline = time.monotonic() + limit

@@ -89,7 +89,7 @@ def current() -> tuple[Mesh, Rules] | None:
 
 
 def shards(axis: str, size: int) -> int:
-    """Into how many shards the enclosing ``sharding`` block cuts ``size`` entries of a logical axis.
+    """Into how many shards the enclosing ``sharding`` block cuts ``size`` entries of an axis.
 
     1 without a mesh, and where the mesh does not divide ``size``.
     """

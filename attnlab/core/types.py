@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from attnlab.core.errors import ConfigError, ShapeError
 
@@ -34,8 +35,8 @@ class Seq:
             at the end; ``"any"``: nothing is promised.
     """
 
-    positions: jax.Array
-    segments: jax.Array | None = None
+    positions: Int[Array, "B T"]
+    segments: Int[Array, "B T"] | None = None
     layout: Layout = dataclasses.field(default="any", metadata={"static": True})
 
     @staticmethod
@@ -68,7 +69,7 @@ class Out:
         state: explicit non-gradient pytree carried between steps (EMA, k-means), or None.
     """
 
-    y: jax.Array
+    y: Float[Array, "B T D"]
     cache: Any = None
     aux: dict[str, jax.Array] | None = None
     state: Any = None

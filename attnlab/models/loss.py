@@ -13,6 +13,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from attnlab.core.axes import constrain, shards
 
@@ -26,15 +27,15 @@ def chunk_length(batch: int, tokens: int, vocab: int, limit: int = _LOGIT_BYTES)
 
 
 def cross_entropy(
-    hidden: jax.Array,
-    table: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    hidden: Float[Array, "B T D"],
+    table: Float[Array, "rows D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
     *,
     vocab_size: int,
     z_loss: float = 0.0,
     chunk: int | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """``(total, nll)``, both sums over weighted tokens, fp32.
 
     Args:

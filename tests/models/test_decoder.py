@@ -22,7 +22,7 @@ from attnlab.testing.flops import matmul_flops
 DIM = 16
 FIELDS = {
     "gqa": {"num_heads": 4, "num_kv_heads": 2},
-    "mla": {"num_heads": 2, "kv_rank": 6, "q_rank": 5, "nope_dim": 6, "rope_dim": 4, "value_dim": 8},
+    "mla": dict(num_heads=2, kv_rank=6, q_rank=5, nope_dim=6, rope_dim=4, value_dim=8),
     "cca": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
 }
 MIXED = tuple(registry.build_config(name, dim=DIM, **fields) for name, fields in FIELDS.items())
@@ -118,7 +118,8 @@ def test_untied_head(mixed):
 
 @pytest.mark.parametrize("name", [*FIELDS, "mixed"])
 def test_accounts(name):
-    period = MIXED if name == "mixed" else tuple(p for p in MIXED if registry.name_of(type(p)) == name)
+    own = tuple(p for p in MIXED if registry.name_of(type(p)) == name)
+    period = MIXED if name == "mixed" else own
     for tied in (True, False):
         c = config(period, tied=tied)
         graphdef, params = build(c)

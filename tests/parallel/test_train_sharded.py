@@ -65,6 +65,8 @@ def test_meshes(name, root):
     for key in others:
         assert_close(found[key], want, 1e-5)
     if name == "gqa":
+        # Activations of one chunk, two rows a device, may be summed; no part of the table is.
+        assert 0 < found["in loop"] <= 2 * 6 * 16 < 128 * 16 / 8
         for label in ("muon", "accumulate"):
             assert_close(*found[label], 2e-5)
 

@@ -20,7 +20,7 @@ from attnlab.train.state import Trainer
 FIELDS = {
     "gqa": {"num_heads": 4, "num_kv_heads": 2, "bias": True, "qk_norm": True, "sink_logits": True},
     "sqa": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
-    "mla": {"num_heads": 2, "kv_rank": 6, "q_rank": 5, "nope_dim": 6, "rope_dim": 4, "value_dim": 8},
+    "mla": dict(num_heads=2, kv_rank=6, q_rank=5, nope_dim=6, rope_dim=4, value_dim=8),
     "cca": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
 }
 PROJECTIONS = {

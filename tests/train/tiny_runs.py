@@ -16,7 +16,8 @@ COMPARED = ("step", "tokens", "loss", "grad_norm", "lr", "val_loss", "val_bits_p
 
 def corpus(folder: pathlib.Path) -> list[str]:
     """``--data`` and ``--val-data`` of a small text."""
-    lines = [f"line {i} of the text: the quick brown fox jumps over {i * i} dogs" for i in range(400)]
+    sentence = "line {} of the text: the quick brown fox jumps over {} dogs"
+    lines = [sentence.format(i, i * i) for i in range(400)]
     for name, text in (("train.txt", lines), ("val.txt", lines[::-7])):
         (folder / name).write_text("\n".join(text) + "\n")
     return ["--data", str(folder / "train.txt"), "--val-data", str(folder / "val.txt")]

@@ -20,6 +20,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from attnlab.core.dispatch import Device, Implementation, Op
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError
@@ -86,22 +87,22 @@ def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, return_lse: Literal[True], **keywords: Any
 ) -> tuple[jax.Array, jax.Array]: ...
 def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fold the keywords
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     *,
     mask: Mask | None = None,
     scale: float | None = None,
-    positions: jax.Array | tuple[jax.Array, jax.Array] | None = None,
-    segments: jax.Array | tuple[jax.Array, jax.Array] | None = None,
+    positions: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+    segments: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     layout: Layout = "any",
     sink_tokens: int = 0,
-    sink_logits: jax.Array | None = None,
+    sink_logits: Float[Array, " N"] | None = None,
     logit_cap: float | None = None,
     return_lse: bool = False,
     softmax_dtype: str = "float32",
     impl: str | Sequence[str] | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Attention of ``q[B, T, N, H]`` over ``k[B, S, K, H]`` and ``v[B, S, K, V]``.
 
     Args:
