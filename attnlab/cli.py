@@ -6,6 +6,7 @@ the run failed, 130 = interrupted.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    if not debug:  # orbax's notes to its developers
+        logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         args = parse(argv, COMMANDS)
         return args.run(args) or 0

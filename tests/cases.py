@@ -142,7 +142,8 @@ CASES: dict[str, Case] = {
                     "conv_widths": (3, 4), "temperature_mode": "raw"},
             _CCA | {"num_kv_heads": 2, "head_dim": 6, "convs": 1, "conv_bias": False,
                     "value_shift": False, "rotary_fraction": 0.7, "rope_pairing": "interleaved",
-                    "logit_cap": 3.0, "temperature_mode": "exp_clamp", "window": 4},
+                    "logit_cap": 3.0, "temperature_mode": "exp_clamp", "window": 4,
+                    "sink_logits": True},
         ),
         oracle="attnlab.testing.oracle_cca:cca_oracle",
         bad=(
