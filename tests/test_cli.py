@@ -145,9 +145,9 @@ def test_flags_become_overrides():
 
 
 def test_every_short_names_real_fields():
-    from attnlab.core.config import to_dict
+    from attnlab.core.config import flat, to_dict
 
-    known = train.flat(to_dict(recipes.load("quickstart")))
+    known = flat(to_dict(recipes.load("quickstart")))
     for short in (short for shorts in train.SHORTS.values() for short in shorts):
         assert set(short.fields) <= known.keys(), short
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
 from typing import Any
 
 from attnlab.commands.parsing import Args, Parser, span, whole
@@ -168,22 +167,8 @@ def _swap_attention(recipe, variant: str):
 
 
 def _show_fields(recipe) -> int:
-    from attnlab.core.config import to_dict
+    from attnlab.core.config import flat, to_dict
 
     for name, value in sorted(flat(to_dict(recipe)).items()):
         print(f"{name} = {value!r}")
     return 0
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Leaves by dotted path; a list of plain values is a leaf."""
-    if isinstance(value, dict):
-        items: Iterable = value.items()
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        items = enumerate(value)
-    else:
-        return {path: value}
-    out: dict[str, Any] = {}
-    for key, item in items:
-        out |= flat(item, f"{path}.{key}" if path else str(key))
-    return out

@@ -81,6 +81,20 @@ def _scalar(kind, data, where):
     return data
 
 
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of a ``to_dict`` by dotted path; a list of plain values is a leaf."""
+    if isinstance(value, dict):
+        items: Any = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        return {path: value}
+    out: dict[str, Any] = {}
+    for key, item in items:
+        out |= flat(item, f"{path}.{key}" if path else str(key))
+    return out
+
+
 def override(config: Any, assignments: list[str]) -> Any:
     """A copy of ``config`` with fields changed by ``"a.b.0.c=value"`` strings.
 

@@ -125,19 +125,7 @@ def _store(folder, recipe: Recipe) -> None:
 
 
 def _check_same(before: Recipe, after: Recipe) -> None:
-    def flat(value: Any, path: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            items = value.items()
-        elif isinstance(value, list):
-            items = enumerate(value)
-        else:
-            return {path: value}
-        out: dict[str, Any] = {}
-        for key, item in items:
-            out |= flat(item, f"{path}.{key}" if path else str(key))
-        return out
-
-    old, new = flat(configs.to_dict(before)), flat(configs.to_dict(after))
+    old, new = (configs.flat(configs.to_dict(recipe)) for recipe in (before, after))
     for name in sorted(old.keys() | new.keys()):
         may = name in _MAY_CHANGE or name.rpartition(".")[0] in _MAY_CHANGE
         if old.get(name) != new.get(name) and not may:
