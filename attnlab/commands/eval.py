@@ -7,6 +7,7 @@ import sys
 
 from attnlab.commands.parsing import Args, Parser, run_argument, whole
 from attnlab.commands.printing import table
+from attnlab.core.errors import ConfigError
 
 
 def parser(p: Parser) -> None:
@@ -31,8 +32,10 @@ def run(args: Args) -> int:
     from attnlab.train.restore import load_run
 
     run = load_run(args.folder, step=args.step)
-    rows = _eval_rows(args, run)
-    batch = args.batch or run.recipe.train.batch
+    rows, fingerprint = _eval_rows(args, run)
+    batch = run.recipe.train.batch if args.batch is None else args.batch
+    if batch < 1:
+        raise ConfigError(f"--batch {batch}", "is a number of rows, at least 1", "leave it out")
     shape = (batch, run.recipe.train.seq_len)
     index, count = batch_shard(run.trainer.batch_sharding, shape)
     batches = eval_batches(rows, batch, shard_index=index, shard_count=count)
@@ -40,12 +43,12 @@ def run(args: Args) -> int:
     row = {
         "run": args.folder, "step": int(run.step), "on": args.data or args.split,
         "nats_per_token": found.nats_per_token, "bits_per_byte": found.bits_per_byte,
-        "tokens": found.tokens,
+        "tokens": found.tokens, "fingerprint": fingerprint,
     }
     bits = "unknown" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
     table(
-        ("step", "nats/token", "bits/byte", "tokens"),
-        [(row["step"], f"{found.nats_per_token:.4f}", bits, f"{found.tokens:,}")],
+        ("step", "nats/token", "bits/byte", "tokens", "corpus"),
+        [(row["step"], f"{found.nats_per_token:.4f}", bits, f"{found.tokens:,}", fingerprint)],
     )
     if args.json:
         print(json.dumps(row))
@@ -62,14 +65,15 @@ def _eval_rows(args: Args, run):
         corpus = load_corpus(
             args.data, text_field=data.text_field, token_dtype=data.token_dtype, val_fraction=0
         )
-        return build_rows(
+        rows = build_rows(
             corpus.train, run.tokenizer, train.seq_len, packing=data.packing,
             document_mask=data.document_mask,
         )
+        return rows, corpus.fingerprint
     _, on_train, on_val, fingerprint, _ = read_data(run.recipe)
     if fingerprint != run.corpus_fingerprint:
         print(
             f"note: this corpus ({fingerprint}) is not the one of the run "
             f"({run.corpus_fingerprint}); the split may differ", file=sys.stderr,
         )
-    return on_val if args.split == "validation" else on_train
+    return (on_val if args.split == "validation" else on_train), fingerprint

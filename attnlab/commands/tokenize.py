@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from attnlab.commands.parsing import Args, Parser, whole
 
 
@@ -28,11 +30,15 @@ def run(args: Args) -> int:
     if args.train is not None:
         made = tokenizers.train_tokenizer(corpus, args.train, args.out, overwrite=args.overwrite)
         print(f"{args.out}: {made.vocab_size} ids, fingerprint {made.fingerprint}")
-        print(f"next: attnlab tokenize --tokenizer {args.out} --out tokens")
+        data = " ".join(shlex.quote(path) for path in args.data)
+        print(f"next: attnlab tokenize --data {data} --tokenizer {args.out} --out tokens")
         return 0
     loaded = tokenizers.load_tokenizer(args.tokenizer)
     meta = tokenizers.tokenize_corpus(corpus, loaded, args.out, overwrite=args.overwrite)
     counts = ", ".join(f"{f['tokens']:,} {f['split']}" for f in meta["files"].values())
     print(f"{args.out}: {counts} tokens as {meta['dtype']}")
-    print(f"next: attnlab train --data {args.out} --tokenizer {args.tokenizer}")
+    print(
+        f"next: attnlab train --data {shlex.quote(args.out)} --tokenizer "
+        f"{shlex.quote(args.tokenizer)} --set model.vocab_size={loaded.vocab_size}"
+    )
     return 0

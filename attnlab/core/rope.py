@@ -38,7 +38,12 @@ class Yarn:
     mscale: float = 1.0
 
     def __post_init__(self):
-        if self.factor < 1:
+        if not min(self.original_length, self.beta_fast, self.beta_slow) > 0:
+            raise ConfigError(
+                f"yarn.original_length, beta_fast, beta_slow = {self.original_length}, "
+                f"{self.beta_fast}, {self.beta_slow}", "must be positive", "use 4096, 32, 1"
+            )
+        if not self.factor >= 1:
             raise ConfigError(
                 f"yarn.factor = {self.factor}", "is new length over original length, >= 1", "use 1"
             )
@@ -68,6 +73,8 @@ class Rope:
             raise ConfigError(
                 f"rope width = {self.width}", "must be even and not negative", "round it down"
             )
+        if not self.theta > 0:
+            raise ConfigError(f"rope theta = {self.theta}", "must be positive", "use 10000")
         if self.pairing not in ("half", "interleaved"):
             raise ConfigError(
                 f"rope pairing = {self.pairing!r}",

@@ -9,10 +9,6 @@ import jax.experimental
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-JAX_VERSION: tuple[int, ...] = tuple(
-    int("".join(c for c in part if c.isdigit()) or 0) for part in jax.__version__.split(".")[:3]
-)
-
 
 def enable_x64(on: bool = True):
     """Context manager that switches 64-bit types on (moved out of jax.experimental in 0.11)."""

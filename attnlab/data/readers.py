@@ -120,12 +120,16 @@ def _read_jsonl(file: File, text_field: str) -> Iterator[Entry]:
         except json.JSONDecodeError as e:
             rule = f"is not JSON ({e.msg} at column {e.colno})"
             raise DataError(where, rule, "write one JSON object a line") from None
+        except (ValueError, RecursionError) as e:
+            if isinstance(e, DataError):
+                raise
+            raise DataError(where, f"cannot be read ({e})", "write a plain JSON object") from None
         if not isinstance(record, dict):
             rule = f"must be a JSON object, is a {type(record).__name__}"
             raise DataError(where, rule, f'write {{"{text_field}": "..."}}')
         if text_field not in record:
             rule = f"has no field {text_field!r}, only {sorted(record)}"
-            raise DataError(where, rule, "name the field that holds the text in text_field")
+            raise DataError(where, rule, "name the field that holds the text with --text-field")
         text = record[text_field]
         if not isinstance(text, str):
             rule = f"field {text_field!r} must be a string, is {type(text).__name__} {text!r:.40}"

@@ -71,6 +71,12 @@ class DecoderConfig:
             (len(self.period) > 0, "period = ()", "needs at least one attention config", "add one"),
             (self.repeats >= 1, f"repeats = {self.repeats}", "must be at least 1", "use 1"),
             (self.mlp_dim >= 1, f"mlp_dim = {self.mlp_dim}", "must be at least 1", "use 4 * dim"),
+            (self.init_std > 0, f"init_std = {self.init_std}", "must be positive", "use 0.02"),
+            (self.norm_eps > 0, f"norm_eps = {self.norm_eps}", "must be positive", "use 1e-6"),
+            (
+                self.vocab_multiple >= 1, f"vocab_multiple = {self.vocab_multiple}",
+                "must be at least 1", "use 64",
+            ),
             (self.z_loss >= 0, f"z_loss = {self.z_loss}", "must not be negative", "use 0"),
             (
                 self.loss_chunk is None or self.loss_chunk >= 1, f"loss_chunk = {self.loss_chunk}",

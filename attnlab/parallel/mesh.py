@@ -42,9 +42,14 @@ def make_mesh(sizes: Mapping[str, int] | str | None = None, devices=None) -> Mes
     count = len(devices)
     known = math.prod(s for s in sizes.values() if s != -1)
     open_axes = [name for name, s in sizes.items() if s == -1]
+    if len(open_axes) > 1:
+        raise MeshError(
+            f"mesh axes {' and '.join(open_axes)} at -1", "only one axis can take the rest",
+            "give the others a size",
+        )
     if len(open_axes) == 1 and count % known == 0:
         sizes[open_axes[0]] = count // known
-    if math.prod(sizes.values()) != count or len(open_axes) > 1:
+    if math.prod(sizes.values()) != count:
         shape = ",".join(f"{k}={v}" for k, v in sizes.items())
         raise MeshError(
             f"mesh {shape}",

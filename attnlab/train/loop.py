@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import shlex
 import signal
 import time
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 from etils import epath
 
 from attnlab.core import config as configs
+from attnlab.core import registry
 from attnlab.core.errors import CheckpointError, ConfigError, NonFiniteError
 from attnlab.infer.evaluate import evaluate
 from attnlab.parallel import processes
@@ -26,7 +28,9 @@ from attnlab.train.recipe import Recipe
 from attnlab.train.setup import Run, prepare
 
 MAX_STREAK = 10
-_OWN_FILES = ("config.json", "metrics.jsonl", "loss.png", "sample.txt", "checkpoints", "tb")
+_OWN_FILES = (
+    "config.json", "metrics.jsonl", "loss.png", "sample.txt", "checkpoints", "tb", "profile",
+)
 # What may differ when a run goes on: how far, where and how often. The text may have moved: its
 # fingerprint and the tokenizer's are compared instead. A new number of steps moves the end of the
 # learning-rate schedule, which is how a run is made longer.
@@ -64,7 +68,9 @@ def run(
         with _Stop() as stop:
             prepared = prepare(recipe, reporter.say)
             weights = None
-            if init_from is not None:
+            if init_from is not None and before is not None and _has_checkpoint(folder):
+                reporter.say(f"--init-from {init_from} left out: the run has its own checkpoint")
+            elif init_from is not None:
                 weights = checkpoint.restore_params(
                     epath.Path(init_from) / "checkpoints", prepared.trainer
                 )
@@ -95,6 +101,11 @@ def _choose_recipe(recipe, folder, overrides, resume) -> tuple[Recipe, Recipe | 
     if recipe is None:
         raise CheckpointError(f"{folder}", "holds no run to resume", "start it without --resume")
     return configs.override(recipe, overrides), None
+
+
+def _has_checkpoint(folder) -> bool:
+    saved = folder / "checkpoints"
+    return saved.exists() and any(path.name.isdigit() for path in saved.iterdir())
 
 
 def _refuse_taken(folder) -> None:
@@ -307,6 +318,7 @@ class _Session:
             **validation,
             **speed,
             "skipped": int(values.pop("skipped")),
+            "fingerprint": self.run_.fingerprint,
             **{k: _number(v) for k, v in values.items() if k not in ("streak", "loss_tokens")},
         }
         for tracker in self.trackers:
@@ -362,7 +374,10 @@ class _Session:
             (self.folder / "sample.txt").write_text(sample)
             self.reporter.say(f"\nsample:\n{sample}\n")
         self.reporter.say(f"done: step {self.config.steps}  {describe(rows[-1]) if rows else ''}")
+        out = shlex.quote(str(self.folder))
+        used = {registry.name_of(type(layer)) for layer in self.recipe.model.period}
+        other = next(name for name in ("mla", "gqa") if name not in used or name == "gqa")
         self.reporter.say(
-            f"next: attnlab generate {self.folder} --prompt 'def '   or compare: "
-            f"attnlab train --attention mla --out {self.folder}-mla"
+            f"next: attnlab generate {out} --prompt 'def '   or compare: "
+            f"attnlab train {out}/config.json --attention {other} --out {out}-{other}"
         )

@@ -132,7 +132,11 @@ def from_json(path: Any) -> Recipe:
         data = json.loads(epath.Path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"recipe file {path}", "does not exist", "check the path") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise ConfigError(
+            f"recipe file {path}", f"cannot be read ({error})", "pass a config.json"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"recipe file {path}", f"is not JSON ({error})", "write it with `attnlab train`"
         ) from None

@@ -12,7 +12,7 @@ import numpy as np
 
 import attnlab
 from attnlab.core import config as configs
-from attnlab.core.errors import ConfigError
+from attnlab.core.errors import ConfigError, MeshError
 from attnlab.data.corpus import load_corpus
 from attnlab.data.packing import PackedRows
 from attnlab.data.tokenizer import Tokenizer, load_tokenizer
@@ -63,8 +63,16 @@ class Run:
 def make_trainer(recipe: Recipe) -> Trainer:
     """The compiled part of a run: needs no data."""
     c = recipe.train
+    mesh = make_mesh(c.mesh)
+    cut = {axis for axes in RULES.values() for axis in axes}
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in cut:
+            raise MeshError(
+                f"mesh {axis}={size}", "nothing in this version is cut over that axis",
+                f"use {', '.join(sorted(cut))}",
+            )
     return Trainer(
-        recipe.model, recipe.optimizer, c.steps, make_mesh(c.mesh), RULES, accumulate=c.accumulate,
+        recipe.model, recipe.optimizer, c.steps, mesh, RULES, accumulate=c.accumulate,
         layout="packed" if recipe.data.document_mask else "full", impl=c.impl,
     )
 
