@@ -33,6 +33,9 @@ class Seq:
             ``"full"``: one document a row, positions ``0..T-1``, no segments;
             ``"packed"``: documents laid end to end, positions restart at 0 with each, padding only
             at the end; ``"any"``: nothing is promised.
+
+    Variants with convolutions or shifts (CCA) take the token before in a segment from the order of
+    the array, so the tokens of a segment must stand there in ascending position.
     """
 
     positions: Int[Array, "B T"]
