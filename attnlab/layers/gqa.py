@@ -201,14 +201,18 @@ class GQA(Layer):
             constrain(v, "batch", "time", "kv_heads", None),
         )
 
-    def _attend(self, q, k, v, positions, segments, layout, impl) -> jax.Array:
+    def _mix_values(self, q, k, v, positions, segments, layout, impl) -> jax.Array:
+        """What the heads read, ``[B, T, N, V]``, before the output projection."""
         c = self.config
-        o = attention(
+        return attention(
             q, k, v,
             mask=c.mask, scale=c.scale, positions=positions, segments=segments, layout=layout,
             sink_logits=self.sink_logits[...] if c.sink_logits else None, logit_cap=c.logit_cap,
             softmax_dtype=c.precision.softmax, impl=impl,
         )
+
+    def _attend(self, q, k, v, positions, segments, layout, impl) -> jax.Array:
+        o = self._mix_values(q, k, v, positions, segments, layout, impl)
         o = constrain(o, "batch", "time", "heads", None)
         y = jnp.einsum("btnv,nvd->btd", o, self.w_o[...].astype(o.dtype))
         return constrain(y, "batch", "time", "width")

@@ -42,7 +42,6 @@ from attnlab.core.errors import ConfigError
 from attnlab.core.layer import Flops, Mode
 from attnlab.core.types import Out
 from attnlab.layers.gqa import GQA, GQAConfig
-from attnlab.ops.attention import attention
 
 Member = Literal["sqa", "ssqa", "xsqa", "xsmqa", "lsqa", "rsqa"]
 
@@ -169,12 +168,7 @@ class SQA(GQA):
 
     def _finish(self, x, seq, q, k, v, positions, segments, layout, impl) -> jax.Array:
         c = self.config
-        o = attention(
-            q, k, v,
-            mask=c.mask, scale=c.scale, positions=positions, segments=segments, layout=layout,
-            sink_logits=self.sink_logits[...] if c.sink_logits else None, logit_cap=c.logit_cap,
-            softmax_dtype=c.precision.softmax, impl=impl,
-        )
+        o = self._mix_values(q, k, v, positions, segments, layout, impl)
         if c.gate:
             g = jnp.einsum("btd,dmv->btmv", x.astype(o.dtype), self.w_g[...].astype(o.dtype))
             o = jax.nn.sigmoid(g) * o

@@ -16,9 +16,8 @@ from attnlab import Causal, Window, attention
 from attnlab.core.dispatch import Device
 from attnlab.core.errors import ImplementationError
 
-pytestmark = pytest.mark.skipif(
-    Device.default().platform != "gpu", reason="needs a GPU; CI has none"
-)
+ON_GPU = Device.default().platform == "gpu"
+pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU; CI has none")
 
 CASES = {
     "causal": dict(mask=Causal()),
