@@ -95,7 +95,11 @@ def test_make_mesh():
     for sizes in (None, "data=1", "fsdp=-1", "data=1,fsdp=-1,tensor=1", {"tensor": 1}):
         mesh = make_mesh(sizes, one)
         assert mesh.axis_names == rules.MESH_AXES and mesh.size == 1
-    for sizes in ("data=2", "data=-1,fsdp=-1", "data=2,fsdp=-1"):
-        with pytest.raises(MeshError, match="devices"):
+    for sizes, rule in (
+        ("data=2", "needs 2 devices"),
+        ("data=2,fsdp=-1", "a multiple of 2 devices"),
+        ("data=-1,fsdp=-1", "only one axis can take the rest"),
+    ):
+        with pytest.raises(MeshError, match=rule):
             make_mesh(sizes, one)
     assert issubclass(MeshError, ValueError) and not issubclass(MeshError, ConfigError)
