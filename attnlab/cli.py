@@ -6,9 +6,11 @@ the run failed, 130 = interrupted.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from attnlab.commands import bench, check, convert, explain, generate, listing, tokenize, train
@@ -26,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:  # orbax's notes to its developers
         logging.getLogger("absl").setLevel(logging.ERROR)
     try:
-        args = parse(argv, COMMANDS)
-        return args.run(args) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_note, warnings.showwarning)
+            args = parse(argv, COMMANDS)
+            return args.run(args) or 0
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -47,6 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         what = f"{type(error).__name__}: {error}"
         return _complain(f"{what} (unexpected: run it again with --debug and report it)", error)
+
+
+def _note(others, message, *place, **more) -> None:
+    """Our own warnings as a line for a person; those of libraries as they are."""
+    ours, _, text = str(message).partition("attnlab: ")
+    if text and not ours:
+        print(f"note: {text}", file=sys.stderr)
+    else:
+        others(message, *place, **more)
 
 
 def _complain(text: str, error: Exception) -> int:

@@ -326,7 +326,7 @@ def test_uniform_model_has_log_vocab_nats():
     stream[[0, 40]] = 255
     rows = PackedRows(stream, np.array([0, 40]), 8, 255)
     got = evaluate(trainer, params, eval_batches(rows, 4), bytes_per_token=2.0)
-    assert got.tokens == rows.num_targets == 99
+    assert got.tokens == rows.num_targets == 101
     assert got.nats_per_token == pytest.approx(math.log(256), rel=1e-6)
     assert got.bits_per_byte == pytest.approx(4.0, rel=1e-6)
     assert evaluate(trainer, params, eval_batches(rows, 4)).bits_per_byte is None

@@ -21,19 +21,25 @@ def parser(p: Parser) -> None:
         "--data", "--val-data", nargs="+", metavar="PATH", dest="data",
         help="other files, folders or globs, all of them",
     )
-    p.add_argument("--batch", type=whole, metavar="N", help="rows a batch (as in the run)")
+    p.add_argument(
+        "--batch", type=whole, metavar="N",
+        help="rows a batch (as in the run, filled up to a multiple of the devices)",
+    )
     p.add_argument("--json", action="store_true", help="also print one line of JSON")
 
 
 def run(args: Args) -> int:
     from attnlab.infer.evaluate import evaluate
+    from attnlab.models.mlp import round_up
     from attnlab.parallel.feed import batch_shard
     from attnlab.train.data import eval_batches
     from attnlab.train.restore import load_run
 
     run = load_run(args.folder, step=args.step)
     rows, fingerprint = _eval_rows(args, run)
-    batch = run.recipe.train.batch if args.batch is None else args.batch
+    batch = args.batch
+    if batch is None:  # the run's, filled up to what these devices divide
+        batch = round_up(run.recipe.train.batch, run.trainer.mesh.size)
     if batch < 1:
         raise ConfigError(f"--batch {batch}", "is a number of rows, at least 1", "leave it out")
     shape = (batch, run.recipe.train.seq_len)

@@ -48,12 +48,18 @@ def ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
-def spec(axes: Axes, rules: Rules, mesh: Mesh) -> PartitionSpec:
-    """The partition of an array with these axes; a mesh axis is used once, left to right."""
+def spec(
+    axes: Axes, rules: Rules, mesh: Mesh, shape: Sequence[int] | None = None
+) -> PartitionSpec:
+    """The partition of an array with these axes; a mesh axis is used once, left to right.
+
+    With its ``shape``, a dimension of 1 (the one key/value head of MQA) is replicated.
+    """
     used: set[str] = set()
     parts: list[Any] = []
-    for name in axes:
-        wanted = rules.get(name, ()) if name else ()
+    for i, name in enumerate(axes):
+        whole = shape is not None and shape[i] == 1
+        wanted = rules.get(name, ()) if name and not whole else ()
         free = tuple(a for a in wanted if a in mesh.axis_names and a not in used)
         used.update(free)
         parts.append(None if not free else free[0] if len(free) == 1 else free)
@@ -88,23 +94,30 @@ def current() -> tuple[Mesh, Rules] | None:
     return _context.get()
 
 
-def shards(axis: str, size: int) -> int:
-    """Into how many shards the enclosing ``sharding`` block cuts ``size`` entries of an axis.
+def cut(axis: str, size: int) -> tuple[str, ...]:
+    """The mesh axes over which the enclosing ``sharding`` block cuts ``size`` entries of an axis.
 
-    1 without a mesh, and where the mesh does not divide ``size``.
+    None without a mesh, and where the mesh does not divide ``size`` (a batch of one while
+    generating): such an axis stays whole.
     """
     context = _context.get()
     if context is None:
-        return 1
+        return ()
     mesh, rules = context
-    count = math.prod(mesh.shape.get(a, 1) for a in rules.get(axis, ()))
-    return count if size % count == 0 else 1
+    names = tuple(a for a in rules.get(axis, ()) if a in mesh.axis_names)
+    return names if size % math.prod(mesh.shape[a] for a in names) == 0 else ()
+
+
+def shards(axis: str, size: int) -> int:
+    """Into how many shards the enclosing ``sharding`` block cuts ``size`` entries of an axis."""
+    context = _context.get()
+    return 1 if context is None else math.prod(context[0].shape[a] for a in cut(axis, size))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to the mesh by its logical axes; the identity without a mesh.
 
-    An axis whose size the mesh does not divide stays unpinned (a batch of one while generating).
+    An axis whose size the mesh does not divide stays unpinned.
     """
     context = _context.get()
     if context is None:

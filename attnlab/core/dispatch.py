@@ -22,11 +22,30 @@ class Device:
 
     @staticmethod
     def default() -> Device:
+        """What calls are compiled for: see ``compiling_for``, else the first device of jax."""
+        target = _target.get()
+        if target is not None:
+            return target
         device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
         if isinstance(device, str):
             device = jax.devices(device)[0]
         platform = "gpu" if device.platform in ("cuda", "rocm") else device.platform
         return Device(platform, device.device_kind)
+
+
+_target: contextvars.ContextVar[Device | None] = contextvars.ContextVar(
+    "attnlab_target", default=None
+)
+
+
+@contextlib.contextmanager
+def compiling_for(device: Device) -> Iterator[None]:
+    """Ops traced inside are for ``device``, which need not be attached (ahead-of-time compiles)."""
+    token = _target.set(device)
+    try:
+        yield
+    finally:
+        _target.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +54,14 @@ class Implementation:
 
     Args:
         name: what ``impl=`` says. supports: given the static facts of a call, None for yes or the
-            reason for no. forward: the function, differentiable.
+            reason for no. forward: the function, differentiable. partitions: XLA can cut it over a
+            mesh by itself; where not (Pallas kernels), the op maps it over the shards.
     """
 
     name: str
     supports: Callable[[Any], str | None]
     forward: Callable[..., Any]
+    partitions: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Packing: a stream of documents cut into rows of one length, as NumPy arrays.
 
 A row is a dict of arrays [T]: ``tokens, targets, positions, segments`` int32 and ``loss_mask``
-float32. Segment 0 is padding. Every token that is not BOS is a target with loss exactly once.
+float32. Segment 0 is padding. The target of a token is the one after it in its document, and BOS
+where the document ends, so that a model learns to stop. Every token predicts exactly once.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class PackedRows:
             self._pieces, self._row_pieces = self._fit()
             self._len = len(self._row_pieces) - 1
         else:
-            self._len = -(-(len(tokens) - 1) // seq_len)
+            self._len = -(-len(tokens) // seq_len)
 
     def __len__(self) -> int:
         return self._len
@@ -71,21 +72,19 @@ class PackedRows:
 
     @property
     def num_targets(self) -> int:
-        """Tokens with loss in one epoch: all but BOS."""
-        return len(self.tokens) - len(self.doc_starts)
+        """Targets with loss in one epoch: the tokens of all documents, and one end each."""
+        return len(self.tokens)
 
     @property
     def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes per predicted token; None for token arrays whose text is unknown."""
+        """UTF-8 bytes per target; None for token arrays whose text is unknown."""
         return None if self.text_bytes is None else self.text_bytes / self.num_targets
 
     @property
     def fill(self) -> float:
         """Share of the row places that hold tokens rather than padding."""
         places = len(self) * self.seq_len
-        if self.packing == "concat":
-            return min(len(self.tokens), places) / places
-        return float(self._pieces[:, 1].sum()) / places
+        return len(self.tokens) / places
 
     def __getitem__(self, i: int) -> Row:
         """Row ``i``: five arrays [T]."""
@@ -101,18 +100,15 @@ class PackedRows:
 
     def _concat_row(self, i: int) -> Row:
         row, lo = self.empty_row(), i * self.seq_len
-        window = self.tokens[lo : lo + self.seq_len + 1]
-        n = min(len(window), self.seq_len)
-        starts = self.doc_starts
+        n, starts = min(len(self.tokens) - lo, self.seq_len), self.doc_starts
         first, last = np.searchsorted(starts, (lo + 1, lo + n))  # the starts inside, not at lo
-        self._put(row, 0, window, n, starts[first:last] - lo)
+        self._put(row, 0, lo, n, starts[first:last] - lo)
         return row
 
     def _fit_row(self, i: int) -> Row:
         row, at = self.empty_row(), 0
         for start, n in self._pieces[self._row_pieces[i] : self._row_pieces[i + 1]]:
-            window = self.tokens[start : start + n + 1]
-            self._put(row, at, window, n, np.zeros(0, np.int64))
+            self._put(row, at, start, n, np.zeros(0, np.int64))
             if self.document_mask:
                 row["segments"][at : at + n] = row["segments"][at - 1] + 1 if at else 1
             else:
@@ -120,12 +116,13 @@ class PackedRows:
             at += n
         return row
 
-    def _put(self, row: Row, at: int, window: np.ndarray, n: int, starts: np.ndarray) -> None:
-        """Write n tokens from ``at`` on; ``window`` ends with the last target."""
-        here, targets = slice(at, at + n), window[1 : n + 1]
-        row["tokens"][here] = window[:n]
+    def _put(self, row: Row, at: int, lo: int, n: int, starts: np.ndarray) -> None:
+        """Write the n tokens from ``lo`` on at place ``at``."""
+        here, targets = slice(at, at + n), self.tokens[lo + 1 : lo + n + 1]
+        row["tokens"][here] = self.tokens[lo : lo + n]
+        row["targets"][here] = self.bos  # the end of the last document; all others follow
         row["targets"][at : at + len(targets)] = targets
-        row["loss_mask"][at : at + len(targets)] = targets != self.bos
+        row["loss_mask"][here] = 1
         row["positions"][here] = np.arange(n)
         row["segments"][here] = 1
         if self.document_mask:
@@ -138,11 +135,10 @@ class PackedRows:
         """Pieces [:, (start, length)] in row order, and where the pieces of each row begin."""
         T = self.seq_len
         sizes = np.diff(np.append(self.doc_starts, len(self.tokens)))
-        inputs = np.maximum(sizes - 1, 1)  # the last token is a target only; BOS alone stays
-        counts = -(-inputs // T)
+        counts = -(-sizes // T)
         doc = np.repeat(np.arange(len(sizes)), counts)
         within = np.arange(len(doc)) - np.repeat(np.cumsum(counts) - counts, counts)
-        sizes = np.minimum(inputs[doc] - within * T, T)
+        sizes = np.minimum(sizes[doc] - within * T, T)
         pieces = np.stack([self.doc_starts[doc] + within * T, sizes], axis=1)
         rows = first_fit_decreasing(pieces[:, 1], T)
         order = np.argsort(rows, kind="stable")

@@ -11,7 +11,7 @@ Sources: Vaswani et al. 2017, arXiv 1706.03762 (MHA); Shazeer 2019, arXiv 1911.0
 et al. 2023, arXiv 2305.13245 (GQA); Henry et al. 2020, arXiv 2010.04245 (QK-norm, here RMSNorm with
 a learned weight as in later models); Xiao et al. 2023, arXiv 2309.17453 (sink tokens).
 Cache: keys after RoPE and values, K (H + V) numbers a token.
-Parallel forms: data, fsdp, tensor over key/value heads (K divisible by the tensor axis).
+Parallel forms: data, fsdp, tensor over key/value heads (it divides K; a single one is copied).
 """
 
 from __future__ import annotations

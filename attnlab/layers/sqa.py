@@ -24,7 +24,7 @@ Sources: Filipek 2025, arXiv 2510.01817.
 Cache: keys after RoPE and values, K (H + V) numbers a token.
 Cost: attention FLOPs are M / num_heads_total of multi-head attention's. The members are not matched
 in parameters: D (N H + K (H + V) + M V).
-Parallel forms: data, fsdp, tensor over key/value heads (N and K divisible by the tensor axis).
+Parallel forms: data, fsdp, tensor over key/value heads (it divides N and K; a single is copied).
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def error(actual, oracle) -> float:
     assert a.shape == o.shape, f"shapes differ: {a.shape} and {o.shape}"
     if a.size == 0:
         return 0.0
-    difference = np.abs(a - o)
-    difference[np.isneginf(a) & np.isneginf(o)] = 0  # the log-sum-exp of an empty row
+    empty = np.isneginf(a) & np.isneginf(o)  # the log-sum-exp of an empty row
+    difference = np.abs(np.where(empty, 0, a) - np.where(empty, 0, o))
     return float(np.where(np.isfinite(difference), difference, np.inf).max())
 
 

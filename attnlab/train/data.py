@@ -1,8 +1,8 @@
 """From a corpus to batches: tokenised rows, a resumable shuffled loader, an evaluation pass.
 
 A batch is a dict of NumPy arrays [B, T]: ``tokens, targets, positions, segments`` int32 and
-``loss_mask`` float32. Segment 0 is padding. Every token that is not BOS is a target with loss
-exactly once an epoch. The batch of step t is a function of the rows, the seed and t alone.
+``loss_mask`` float32. Segment 0 is padding. Every token predicts the next one of its document, the
+last one BOS, exactly once an epoch. The batch of step t is a function of the rows, the seed and t.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ class Run:
             (self.trainer.graphdef, params), [self.prompt.tolist()],
             new_tokens=self.recipe.train.sample_tokens,
             sample=SampleConfig(temperature=0.8, top_k=40), key=jax.random.key(0),
+            stop_ids=[self.tokenizer.bos],
         )
         text = [t for t in self.prompt.tolist() if t != self.tokenizer.bos]
         return self.tokenizer.decode(text + out.tokens[0])

@@ -196,7 +196,7 @@ def _param_shardings(abstract, axes, rules, mesh):
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
     out = []
     for (path, leaf), names in zip(leaves, flat_axes, strict=True):
-        part = spec(names, rules, mesh)
+        part = spec(names, rules, mesh, leaf.shape)
         check_divisible(f"parameter {jax.tree_util.keystr(path)}", leaf.shape, part, mesh)
         out.append(NamedSharding(mesh, part))
     return jax.tree.unflatten(tree, out)

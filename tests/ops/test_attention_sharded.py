@@ -1,7 +1,10 @@
-"""The fallback on four devices: under GSPMD and inside shard_map, equal to one device."""
+"""On four devices, equal to one: the fallback under GSPMD and inside shard_map, and a kernel that
+XLA cannot cut, mapped over the shards of rows and heads.
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,9 +15,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attnlab.core.mask import Causal, Window
+from attnlab.core import axes
+from attnlab.core.mask import Causal, Coords, Segments, Window
 from attnlab.core.versions import make_mesh
-from attnlab.ops.attention import attention, xla
+from attnlab.ops.attention import _over_shards, attention, reference, vendor, xla
+from attnlab.parallel.rules import RULES
 from attnlab.testing.budget import close_trees
 
 
@@ -65,6 +70,42 @@ def main() -> None:
         attend, mesh=mesh, in_specs=(rows, P(), P(), P(), rows, P()), out_specs=rows
     )
     close_trees(gradients(sharded)(arrays), expected, name="shard_map")
+    for heads in ((4, 2), (4, 1), (3, 3)):
+        kernel_over_shards(*heads)
+
+
+def kernel_over_shards(N: int, K: int) -> None:
+    """Splash (interpreted), which reads no coordinates but segments: packed rows, N over K heads.
+
+    N = 4 over K = 2 is cut over the tensor axis, K = 1 replicated, three heads stay whole.
+    """
+    B, T, H = 4, 128, 64
+    keys = jax.random.split(jax.random.key(1), 3)
+    q, k, v = (jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, (N, K, K)))
+    place = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    cut = jnp.array([40, 128, 1, 77])[:, None]
+    segments = jnp.where(place < cut, 1, jnp.where(place < 120, 2, 0))
+    coords = Coords(jnp.where(place < cut, place, place - cut), segments, jnp.arange(T))
+    call = dict(
+        mask=Causal() & Segments(), q_coords=coords, k_coords=coords, scale=0.1, sink_logits=None,
+        logit_cap=None, return_lse=False, softmax_dtype=jnp.dtype("float32"), layout="packed",
+    )
+    kernel = functools.partial(_over_shards, functools.partial(vendor.splash, interpret=True))
+
+    def gradients(forward):
+        def loss(q, k, v):
+            o = forward(q, k, v, **call)[0]
+            return jnp.sin(o).sum(), o
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+    expected = gradients(reference.forward)(q, k, v)
+    mesh = make_mesh((2, 2), ("data", "tensor"))
+    with axes.sharding(mesh, RULES):
+        found = gradients(kernel)(q, k, v)
+    close_trees(found, expected, name=f"kernel over shards, N = {N}, K = {K}")
+    spec = found[1].sharding.spec
+    assert spec[0] == "data" and ("tensor" in spec) == (N % 2 == 0), spec
 
 
 if __name__ == "__main__":

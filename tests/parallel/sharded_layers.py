@@ -43,7 +43,7 @@ def shardings(mesh, names, arrays):
     """The NamedSharding of every array; MeshError where a dimension does not divide."""
 
     def one(names, array):
-        part = spec(names, RULES, mesh)
+        part = spec(names, RULES, mesh, array.shape)
         check_divisible(str(names), array.shape, part, mesh)
         return NamedSharding(mesh, part)
 
@@ -53,7 +53,8 @@ def shardings(mesh, names, arrays):
 def cache_shardings(mesh, cache):
     names = type(cache)(**type(cache).AXES)
     return jax.tree.map(
-        lambda n, a: NamedSharding(mesh, spec(n, RULES, mesh)), names, cache, is_leaf=is_axes
+        lambda n, a: NamedSharding(mesh, spec(n, RULES, mesh, a.shape)),
+        names, cache, is_leaf=is_axes,
     )
 
 

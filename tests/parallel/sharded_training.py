@@ -28,6 +28,8 @@ from attnlab.train.state import Trainer
 
 FIELDS: dict[str, dict[str, Any]] = {
     "gqa": {"num_heads": 4, "num_kv_heads": 2},
+    "mqa": {"num_heads": 4, "num_kv_heads": 1},
+    "sqa": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 4},
     "mla": dict(num_heads=4, kv_rank=8, q_rank=8, nope_dim=6, rope_dim=4, value_dim=8),
     "cca": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
 }
@@ -50,7 +52,7 @@ def batch(step: int) -> dict[str, np.ndarray]:
 
 
 def trainer(name: str, mesh: str, devices: int, accumulate=1, optimizer="adamw") -> Trainer:
-    layer = registry.build_config(name, dim=16, **FIELDS[name])
+    layer = registry.build_config("gqa" if name == "mqa" else name, dim=16, **FIELDS[name])
     model = DecoderConfig(vocab_size=VOCAB, period=(layer,), repeats=2, mlp_dim=32, tied=False)
     config = OptimizerConfig(name=optimizer, lr=1e-2, matrix_lr=1e-2, warmup=2)
     where = make_mesh(mesh, jax.devices()[:devices])

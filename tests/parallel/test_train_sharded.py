@@ -40,7 +40,7 @@ def assert_close(got, want, rel):
 
 
 @pytest.mark.devices8
-@pytest.mark.parametrize("name", ["gqa", "mla", "cca"])
+@pytest.mark.parametrize("name", ["gqa", "mqa", "sqa", "mla", "cca"])
 def test_meshes(name, root):
     found = results(name, root)
     assert found["devices"] == 8

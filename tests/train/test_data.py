@@ -243,10 +243,10 @@ def rows_of(sizes, seq_len, **kw):
 @given(lengths, st.integers(1, 8), st.sampled_from(["concat", "fit"]), st.booleans())
 def test_packing(sizes, seq_len, packing, document_mask):
     rows = rows_of(sizes, seq_len, packing=packing, document_mask=document_mask)
-    stream, real, doc_of, seen = rows.tokens, 0, {}, []
+    stream, real, doc_of, seen, ends = rows.tokens, 0, {}, [], 0
     for d, (lo, hi) in enumerate(itertools.pairwise([*rows.doc_starts, len(stream)])):
         doc_of.update({int(t): (d, j) for j, t in enumerate(stream[lo:hi]) if t != BOS})
-    after = {int(a): int(b) for a, b in itertools.pairwise(stream) if a != BOS}
+    after = {int(a): int(b) for a, b in itertools.pairwise([*stream, BOS]) if a != BOS}
     for row in (rows[i] for i in range(len(rows))):
         assert {k: (v.dtype.name, v.shape) for k, v in row.items()} == {
             k: ("float32" if k == "loss_mask" else "int32", (seq_len,)) for k in row
@@ -257,10 +257,12 @@ def test_packing(sizes, seq_len, packing, document_mask):
         assert on[:n].all() and n  # padding only at the end
         for key in ("tokens", "targets", "positions", "loss_mask"):
             assert not row[key][~on].any()
-        seen += row["targets"][row["loss_mask"] == 1].tolist()
-        assert (row["targets"][row["loss_mask"] == 1] != BOS).all()
-        for t, y, m in zip(row["tokens"][on], row["targets"][on], row["loss_mask"][on]):
-            assert m in (0, 1) and (t == BOS or y == after.get(int(t), 0) or m == 0)
+        assert (row["loss_mask"][on] == 1).all()
+        targets = row["targets"][on]
+        seen += targets[targets != BOS].tolist()
+        ends += int((targets == BOS).sum())
+        for t, y in zip(row["tokens"][on], targets):
+            assert t == BOS or y == after[int(t)]
         if document_mask:
             seg = row["segments"][on]
             assert seg[0] == 1 and set(np.diff(seg)) <= {0, 1}
@@ -272,7 +274,8 @@ def test_packing(sizes, seq_len, packing, document_mask):
         else:
             assert (row["segments"][on] == 1).all()
             assert (row["positions"][on] == np.arange(n)).all()
-    assert sorted(seen) == sorted(doc_of) and rows.num_targets == sum(sizes)
+    assert sorted(seen) == sorted(doc_of) and ends == len(sizes), "all tokens and all ends, once"
+    assert rows.num_targets == sum(sizes) + len(sizes)
     assert rows.fill == real / (len(rows) * seq_len)
     with pytest.raises(IndexError):
         rows[len(rows)]
@@ -283,29 +286,33 @@ def test_packing(sizes, seq_len, packing, document_mask):
 def test_concat_is_the_stream(sizes, seq_len):
     rows = rows_of(sizes, seq_len)
     n = len(rows.tokens)
-    assert len(rows) == -(-(n - 1) // seq_len)
+    assert len(rows) == -(-n // seq_len)
     tokens = np.concatenate([r["tokens"] for r in (rows[i] for i in range(len(rows)))])
     targets = np.concatenate([r["targets"] for r in (rows[i] for i in range(len(rows)))])
-    m = min(n, len(tokens))
-    np.testing.assert_array_equal(tokens[:m], rows.tokens[:m])
-    np.testing.assert_array_equal(targets[: n - 1], rows.tokens[1:])
-    assert not tokens[m:].any() and not targets[n - 1 :].any()
+    np.testing.assert_array_equal(tokens[:n], rows.tokens)
+    np.testing.assert_array_equal(targets[:n], [*rows.tokens[1:], BOS])
+    assert not tokens[n:].any() and not targets[n:].any()
 
 
 def test_fit_by_hand():
-    """T = 4: pieces of 4, 2 | 1 | 1 (BOS alone) | 3 tokens; the last token is a target only."""
+    """T = 4: pieces of 4, 3 | 2 | 1 (BOS alone) | 4 tokens, BOS included."""
     rows = rows_of([6, 1, 0, 3], 4, packing="fit")
-    assert len(rows) == 3 and rows.fill == 11 / 12
-    assert [rows[i]["tokens"].tolist() for i in range(3)] == [
+    assert len(rows) == 4 and rows.fill == 14 / 16
+    assert [rows[i]["tokens"].tolist() for i in range(4)] == [
         [BOS, 1000, 1001, 1002],
-        [BOS, BOS, 1007, 1008],  # in the order of the stream
-        [1003, 1004, BOS, 0],
+        [BOS, 1007, 1008, 1009],
+        [1003, 1004, 1005, BOS],
+        [BOS, 1006, 0, 0],
     ]
-    assert rows[1]["targets"].tolist() == [1006, 1007, 1008, 1009]
-    assert rows[2]["targets"].tolist() == [1004, 1005, BOS, 0]
-    assert rows[2]["loss_mask"].tolist() == [1, 1, 0, 0]
-    assert rows[2]["segments"].tolist() == [1, 1, 2, 0]
-    assert rows[2]["positions"].tolist() == [0, 1, 0, 0]
+    assert [rows[i]["targets"].tolist() for i in range(4)] == [
+        [1000, 1001, 1002, 1003],
+        [1007, 1008, 1009, BOS],
+        [1004, 1005, BOS, BOS],  # the empty document ends at once
+        [1006, BOS, 0, 0],
+    ]
+    assert rows[3]["loss_mask"].tolist() == [1, 1, 0, 0]
+    assert rows[2]["segments"].tolist() == [1, 1, 1, 2]
+    assert rows[2]["positions"].tolist() == [0, 1, 2, 0]
 
 
 @settings(max_examples=100, deadline=None)
@@ -338,7 +345,7 @@ def test_packed_rows_errors():
 def test_build_rows(tmp_path):
     docs = [Document("a", b"hello", None), Document("b", b"", None), Document("c", b"xy", None)]
     rows = build_rows(docs, ByteTokenizer(), 4)
-    assert rows.tokens.dtype == np.uint16 and rows.bytes_per_token == 1.0
+    assert rows.tokens.dtype == np.uint16 and rows.bytes_per_token == 7 / 10
     assert rows.tokens.tolist() == [BOS, *b"hello", BOS, BOS, *b"xy"]
     mixed = [*docs, Document("d", None, np.array([BOS, 7, BOS, 8], np.uint64))]
     mixed.append(Document("e", None, np.array([200, 9], np.uint8)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 
 import jax
@@ -83,6 +84,22 @@ def test_metrics(finished):
     assert found[-1]["loss"] < found[0]["loss"] and found[-1]["val_loss"] < found[5]["val_loss"]
     bits = found[-1]["val_loss"] / np.log(2)
     assert found[-1]["val_bits_per_byte"] == pytest.approx(bits, rel=0.02)
+
+
+@pytest.mark.devices8
+def test_eval_on_more_devices_than_rows(finished):
+    """A run of 4 rows a step on 8 devices: the batch is filled up, the loss is the same."""
+    out, _ = finished
+    found = []
+    for devices in (1, 8):
+        done = subprocess.run(
+            [sys.executable, "-m", "attnlab", "eval", str(out), "--json"], text=True,
+            capture_output=True, env=tiny_runs.environment(devices), timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found[0]["nats_per_token"] == pytest.approx(found[1]["nats_per_token"], rel=1e-6)
+    assert found[0]["tokens"] == found[1]["tokens"]
 
 
 def test_mfu(monkeypatch):
@@ -222,3 +239,15 @@ def test_load_run(finished):
         load_run(str(finished[0]), step=5)
     with pytest.raises(CheckpointError, match="not the folder of a run"):
         load_run("/nowhere")
+
+
+def test_a_run_learns_where_documents_end(tmp_path, capsys):
+    """Documents of four letters: generation stops after them, long before --tokens."""
+    documents = [{"text": "abcd"}] * 300
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    data, out = ["--data", str(tmp_path / "words.jsonl")], tmp_path / "run"
+    assert cli.main(command(data, out, "--seed", "1", steps=80)) == 0
+    assert rows(out)[-1]["val_loss"] < 0.1
+    capsys.readouterr()
+    assert cli.main(["generate", str(out), "--prompt", "ab", "--greedy", "--tokens", "30"]) == 0
+    assert capsys.readouterr().out.strip() == "abcd"

@@ -14,14 +14,17 @@ without sink returns zero with zero gradient, and ``lse = -inf``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from attnlab.core import axes
 from attnlab.core.dispatch import Device, Implementation, Op
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError
 from attnlab.core.mask import Causal, Coords, Mask, Segments, SinkTokens, parts
@@ -181,19 +184,53 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
         sink_logits is not None, logit_cap, return_lse, Device.default(),
         jnp.dtype(softmax_dtype).name,
     )
-    out, lse = OP.choose(call, impl).forward(
+    chosen = OP.choose(call, impl)
+    forward = chosen.forward
+    if not chosen.partitions:
+        forward = functools.partial(_over_shards, forward)
+    out, lse = forward(
         q, k, v,
-        mask=mask,
         q_coords=Coords(q_pos, q_seg, jnp.arange(T, dtype=jnp.int32)),
         k_coords=Coords(k_pos, k_seg, jnp.arange(S, dtype=jnp.int32)),
-        scale=1.0 / math.sqrt(H) if scale is None else scale,
         sink_logits=sink_logits,
+        mask=mask,
+        scale=1.0 / math.sqrt(H) if scale is None else scale,
         logit_cap=logit_cap,
         return_lse=return_lse,
         softmax_dtype=jnp.dtype(softmax_dtype),
         layout=layout,
     )
     return (out, lse) if return_lse else out
+
+
+def _over_shards(forward, q, k, v, *, q_coords, k_coords, sink_logits, **static):
+    """``forward`` on each device's rows and heads, for kernels that XLA cannot cut itself.
+
+    Rows and heads are independent of each other: nothing is communicated. Heads stay whole where
+    the mesh does not cut queries and keys alike; a single key/value head goes to every device.
+    """
+
+    def part(q, k, v, q_coords, k_coords, sink_logits):
+        return forward(
+            q, k, v, q_coords=q_coords, k_coords=k_coords, sink_logits=sink_logits, **static
+        )
+
+    arrays = (q, k, v, q_coords, k_coords, sink_logits)
+    context = axes.current()
+    if context is None or context[0].size == 1:
+        return part(*arrays)
+    N, K = q.shape[2], k.shape[2]
+    batch, heads, kv_heads = axes.cut("batch", q.shape[0]), axes.cut("heads", N), ()
+    if K > 1:
+        kv_heads = heads = heads if axes.cut("kv_heads", K) == heads else ()
+    q_spec, kv_spec = P(batch, None, heads), P(batch, None, kv_heads)
+    coords: Any = Coords(P(batch), P(batch), P())  # type: ignore[arg-type] - specs in its shape
+    if q_coords.segments is None:
+        coords = dataclasses.replace(coords, segments=None)
+    return jax.shard_map(
+        part, mesh=context[0], in_specs=(q_spec, kv_spec, kv_spec, coords, coords, P(heads)),
+        out_specs=(q_spec, q_spec), check_vma=False,
+    )(*arrays)
 
 
 def _shapes(q, k, v) -> tuple[int, int, int, int, int, int, int]:

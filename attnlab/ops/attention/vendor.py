@@ -190,6 +190,6 @@ def _no_padding(o, segments):
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("cudnn", _cudnn_refuses, cudnn),
-    Implementation("tokamax", _tokamax_refuses, tokamax),
-    Implementation("splash", _splash_refuses, splash),
+    Implementation("tokamax", _tokamax_refuses, tokamax, partitions=False),
+    Implementation("splash", _splash_refuses, splash, partitions=False),
 )
