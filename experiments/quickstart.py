@@ -1,8 +1,8 @@
 """Does the README's first command pass below 1.95 bits/byte, and how long does it take?
 
 Runs ``attnlab train`` as a new user would, times the whole command, and keeps its rows beside what
-gzip -9 makes of the same held-out files in one stream. No device; about 3 minutes on two free cores. A stored
-result is kept unless --again is given; the plot is drawn from the stored rows alone.
+gzip -9 makes of the same held-out files in one stream. No device; about 3 minutes on two free
+cores. A stored result is kept unless --again is given; the plot is drawn from it alone.
 
     python experiments/quickstart.py
 """
