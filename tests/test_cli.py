@@ -346,7 +346,7 @@ def trained(tmp_path_factory):
     ])
     trainer = make_trainer(recipe)
     return types.SimpleNamespace(
-        recipe=recipe, trainer=trainer, params=trainer.init(0).params, step=3,
+        recipe=recipe, trainer=trainer, params=trainer.init(0).params, layers=None, step=3,
         tokenizer=load_tokenizer("bytes"), corpus_fingerprint=read_data(recipe)[3],
     )
 

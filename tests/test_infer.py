@@ -145,14 +145,14 @@ def test_a_stopped_row_writes_nothing():
     tokens = np.array([[1, 2, 0], [3, 4, 5]], np.int32)
     last = np.zeros((2, 16), np.float32)
     last, caches = infer._prefill(
-        params, tokens, np.int32(0), lengths, last, caches, **static, impl=None
+        params, None, tokens, np.int32(0), lengths, last, caches, **static, impl=None
     )
     assert [c.length.tolist() for c in caches] == [[[2, 3]] * 2]
     free = generate((graphdef, params), [[1, 2], [3, 4, 5]], new_tokens=6, sample=GREEDY).tokens
     stop = free[0][1]
     drawn, _, caches = infer._decode(
-        params, jax.random.key(0), last, lengths, np.array([stop], np.int32), caches, **static,
-        impl=None, count=6, sample=GREEDY,
+        params, None, jax.random.key(0), last, lengths, np.array([stop], np.int32), caches,
+        **static, impl=None, count=6, sample=GREEDY,
     )
     end = free[0].index(stop)
     assert drawn[0].tolist() == free[0][:end] + [-1] + [-2] * (5 - end)
@@ -340,7 +340,9 @@ def test_uniform_model_has_log_vocab_nats():
 
 def test_sums_are_fp64_and_nan_is_an_error(monkeypatch):
     monkeypatch.setattr("attnlab.infer.evaluate.place", lambda batch, sharding: batch)
-    trainer = types.SimpleNamespace(evaluate=lambda params, batch: batch, batch_sharding=None)
+    trainer = types.SimpleNamespace(
+        evaluate=lambda params, batch, layers: batch, batch_sharding=None
+    )
     big = (np.float32(2**24), np.float32(2**24))
     one = (np.float32(1), np.float32(1))
     got = evaluate(trainer, None, [big, *[one] * 5])

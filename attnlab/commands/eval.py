@@ -45,7 +45,9 @@ def run(args: Args) -> int:
     shape = (batch, run.recipe.train.seq_len)
     index, count = batch_shard(run.trainer.batch_sharding, shape)
     batches = eval_batches(rows, batch, shard_index=index, shard_count=count)
-    found = evaluate(run.trainer, run.params, batches, bytes_per_token=rows.bytes_per_token)
+    found = evaluate(
+        run.trainer, run.params, batches, layers=run.layers, bytes_per_token=rows.bytes_per_token
+    )
     row = {
         "run": args.folder, "step": int(run.step), "on": args.data or args.split,
         "nats_per_token": found.nats_per_token, "bits_per_byte": found.bits_per_byte,

@@ -42,9 +42,10 @@ def run(args: Args) -> int:
     tokenizer, trainer = run.tokenizer, run.trainer
     ids = [[tokenizer.bos, *tokenizer.encode(text.encode()).tolist()] for text in texts]
     stop_ids = [int(word) for word in args.stop if word.isdigit()]
+    params, layers = jax.device_put((run.params, run.layers), trainer.replicated)
     out = generate(
-        (trainer.graphdef, jax.device_put(run.params, trainer.replicated)), ids,
-        new_tokens=args.tokens, sample=sample, key=jax.random.key(args.seed),
+        (trainer.graphdef, params), ids, new_tokens=args.tokens, sample=sample, state=layers,
+        key=jax.random.key(args.seed),
         stop_ids=sorted({tokenizer.bos, *stop_ids}),
     )
     words = [word for word in args.stop if not word.isdigit()]

@@ -92,8 +92,8 @@ class LinenDecoder(_Wrapped):
 
     def __call__(self, tokens, seq: Seq, *, impl=None) -> Out:
         module = self._module()
-        h, _, aux = module.hidden(tokens, seq, impl=impl)
-        return Out(module.logits(h), None, aux or None)
+        out = module.hidden(tokens, seq, impl=impl)
+        return Out(module.logits(out.h), None, out.aux or None)
 
     def init_cache(self, batch: int, capacity: int, dtype=None):
         return self._module().init_caches(batch, capacity, dtype)

@@ -58,6 +58,10 @@ class LayerConfig:
 
     Args:
         dim: model width D. precision: the four dtypes.
+
+    ``reads`` and ``writes`` are names in the dict that a stack hands from layer to layer: a layer
+    that declares any gets ``shared=`` (what it reads) in every mode and returns what it writes in
+    ``Out.shared``.
     """
 
     dim: int
@@ -121,6 +125,14 @@ class Layer(nnx.Module):
     ) -> Out:
         raise NotImplementedError(f"{type(self).__name__}.__call__")
 
+    def init_state(self) -> Any:
+        """The explicit state before the first step (arrays), None for a layer without one.
+
+        A layer with state gets ``state=`` in every mode and returns the next one in ``Out.state``;
+        no gradient flows through it.
+        """
+        return None
+
     def init_cache(self, batch: int, capacity: int, dtype: Any = None, *, policy=None) -> Any:
         raise UnsupportedError(
             f"{type(self).__name__}.init_cache", "this variant has no decode cache",
@@ -133,9 +145,9 @@ class Layer(nnx.Module):
             "use a variant whose config declares decode = True",
         )
 
-    def decode(self, x: jax.Array, seq: Seq, cache: Any, *, impl: Any = None) -> Out:
+    def decode(self, x: jax.Array, seq: Seq, cache: Any, *, impl: Any = None, **more: Any) -> Out:
         self.check_decode(x)
-        return self.prefill(x, seq, cache, impl=impl)
+        return self.prefill(x, seq, cache, impl=impl, **more)  # more: state and shared, if declared
 
     def check(self, x: jax.Array, seq: Seq, cache: Any = None) -> None:
         """Raise ShapeError unless ``x`` is ``[B, T, D]`` and ``seq`` and ``cache`` fit it."""

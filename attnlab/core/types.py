@@ -70,12 +70,14 @@ class Out:
         cache: the updated cache after prefill and decode, None in training.
         aux: named fp32 scalars (router loss, entropy, ...) or None.
         state: explicit non-gradient pytree carried between steps (EMA, k-means), or None.
+        shared: what the layer's config ``writes`` for later layers of the stack, or None.
     """
 
     y: Float[Array, "B T D"]
     cache: Any = None
     aux: dict[str, jax.Array] | None = None
     state: Any = None
+    shared: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,11 +32,13 @@ def evaluate(
     params: Any,
     batches: Iterable[dict[str, np.ndarray]],
     *,
+    layers: Any = None,
     bytes_per_token: float | None = None,
 ) -> Evaluation:
     """Evaluate ``params`` on ``batches`` (this process's rows, as from ``data.eval_batches``).
 
-    Every process must pass the same number of batches. Sums over batches are fp64. With
+    Every process must pass the same number of batches. ``layers``: explicit state of the layers,
+    None where no layer has one. Sums over batches are fp64. With
     ``bytes_per_token`` of the text (``PackedRows.bytes_per_token``),
     ``bits_per_byte = nats_per_token / ln 2 / bytes_per_token``.
     """
@@ -48,7 +50,7 @@ def evaluate(
     nll = count = 0.0
     waiting = None  # the host fetches a batch while the device works on the next
     for batch in batches:
-        sums = trainer.evaluate(params, place(batch, trainer.batch_sharding))
+        sums = trainer.evaluate(params, place(batch, trainer.batch_sharding), layers)
         if waiting is not None:
             nll, count = nll + float(waiting[0]), count + float(waiting[1])
         waiting = sums

@@ -51,6 +51,7 @@ def generate(
     sample: SampleConfig | None = None,
     key: jax.Array | None = None,
     stop_ids: Sequence[int] = (),
+    state: Any = None,
     impl: Any = None,
     cache_dtype: Any = None,
     prefill_chunk: int | None = None,
@@ -63,6 +64,7 @@ def generate(
         prompts: token ids, each at least one. sample: default ``SampleConfig()``.
         key: random key; may be None for greedy decoding. The same key gives the same tokens.
         stop_ids: a row ends before the first of these. impl: attention implementation.
+        state: explicit state of the layers, as in ``Decoder.init_state``, where they have one.
         cache_dtype: of the cache, default ``precision.cache``.
         prefill_chunk: tokens a row in one prefill call, default all of the longest prompt.
         capacity: tokens a row the cache holds, default what this call needs; a fixed value lets
@@ -105,9 +107,11 @@ def generate(
     last = np.zeros((batch, config.dim), jnp.dtype(config.precision.compute))
     for start in range(0, tokens.shape[1], chunk):
         piece = tokens[:, start : start + chunk]
-        last, caches = _prefill(params, piece, np.int32(start), lengths, last, caches, **static)
+        last, caches = _prefill(
+            params, state, piece, np.int32(start), lengths, last, caches, **static
+        )
     drawn, finite, _ = _decode(
-        params, key, last, lengths, stops, caches, **static, count=new_tokens, sample=sample
+        params, state, key, last, lengths, stops, caches, **static, count=new_tokens, sample=sample
     )
     if not np.asarray(finite).all():
         raise NonFiniteError(
@@ -117,14 +121,16 @@ def generate(
     return _collect(np.asarray(drawn))
 
 
-def score(model: Model, tokens: Prompts, *, impl: Any = None) -> list[np.ndarray]:
+def score(
+    model: Model, tokens: Prompts, *, state: Any = None, impl: Any = None
+) -> list[np.ndarray]:
     """Natural-log probability of every token but the first of each row, fp32 ``[len - 1]``."""
     graphdef, params, config = _parts(model)
     rows = _check_tokens("tokens", tokens, config.vocab_size)
     lengths = np.array([len(row) for row in rows], np.int32)
     padded = _pad(rows, int(lengths.max()))
     impl = impl if impl is None or isinstance(impl, str) else tuple(impl)
-    out = _score(params, padded, lengths, graphdef=graphdef, context=_context(), impl=impl)
+    out = _score(params, state, padded, lengths, graphdef=graphdef, context=_context(), impl=impl)
     return [row[: n - 1] for row, n in zip(np.asarray(out), lengths, strict=True)]
 
 
@@ -148,7 +154,7 @@ def _init(params, *, graphdef, context, batch, capacity, dtype):
 @functools.partial(
     jax.jit, static_argnames=("graphdef", "context", "impl"), donate_argnames=("last", "caches")
 )
-def _prefill(params, tokens, start, lengths, last, caches, *, graphdef, context, impl):
+def _prefill(params, state, tokens, start, lengths, last, caches, *, graphdef, context, impl):
     """``(last, caches)`` after the chunk ``tokens[B, C]`` that begins at ``start``.
 
     ``last[B, D]`` is the hidden state of each row's last prompt token, once its chunk has passed.
@@ -157,7 +163,7 @@ def _prefill(params, tokens, start, lengths, last, caches, *, graphdef, context,
     chunk = tokens.shape[1]
     positions = start + jnp.broadcast_to(jnp.arange(chunk, dtype=jnp.int32), tokens.shape)
     seq = Seq(positions, (positions < lengths[:, None]).astype(jnp.int32))
-    h, caches = model.prefill(tokens, seq, caches, impl=impl)
+    h, caches = model.prefill(tokens, seq, caches, state=state, impl=impl)
     at = lengths - 1 - start
     here = jnp.take_along_axis(h, jnp.clip(at, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
     inside = (at >= 0) & (at < chunk)
@@ -169,7 +175,7 @@ def _prefill(params, tokens, start, lengths, last, caches, *, graphdef, context,
     donate_argnames="caches",
 )
 def _decode(
-    params, key, last, lengths, stops, caches, *, graphdef, context, impl, count, sample
+    params, state, key, last, lengths, stops, caches, *, graphdef, context, impl, count, sample
 ):
     """``(tokens[B, count], finite[B], caches)``: -1 is a stop id, -2 what follows it.
 
@@ -189,7 +195,7 @@ def _decode(
         token, done, finite, caches = carry
         positions = (lengths + step - 1)[:, None]
         seq = Seq(positions, jnp.where(done, 0, 1)[:, None].astype(jnp.int32))
-        h, caches = model.decode(token[:, None], seq, caches, impl=impl)
+        h, caches = model.decode(token[:, None], seq, caches, state=state, impl=impl)
         token, shown, done, finite = draw(step, h[:, 0], done, finite)
         return (token, done, finite, caches), shown
 
@@ -202,12 +208,12 @@ def _decode(
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "context", "impl"))
-def _score(params, tokens, lengths, *, graphdef, context, impl):
+def _score(params, state, tokens, lengths, *, graphdef, context, impl):
     """``log p(tokens[:, t + 1])`` as ``[B, T - 1]``, 64 positions of logits at a time."""
     model = versions.merge_module(graphdef, params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     seq = Seq(positions, (positions < lengths[:, None]).astype(jnp.int32), "packed")
-    h, _, _ = model.hidden(tokens, seq, impl=impl)
+    h = model.hidden(tokens, seq, state=state, impl=impl).h
 
     def one(pair):
         h, target = pair  # [B, D], [B]

@@ -6,13 +6,14 @@
 
 The period may mix attention variants (one config each); it is repeated ``repeats`` times. The
 parameters of one place in the period are stacked over the repeats on a leading ``layers`` axis and
-scanned.
+scanned. What a layer writes to ``shared`` is read by later layers of the same repeat; explicit
+state goes in and comes out stacked like the parameters.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,20 @@ class DecoderConfig:
         return Decoder(self, rngs)
 
 
+class Pass(NamedTuple):
+    """What a pass through the stack returns.
+
+    Args:
+        h: ``[B, T, D]`` after the final norm. caches, state: one stacked tree a place in the
+            period, None where there is none. aux: the layers' scalars, summed.
+    """
+
+    h: jax.Array
+    caches: list
+    state: list
+    aux: dict[str, jax.Array]
+
+
 class Block(nnx.Module):
     """One pre-norm block: attention and SwiGLU, each on the residual stream."""
 
@@ -152,17 +167,28 @@ class Block(nnx.Module):
         self.mlp_norm = parameter(rngs, ones, (D,), ("embed",), dtype)
         self.mlp = SwiGLU(D, config.mlp_dim, config.precision, config.init_std, rngs)
 
-    def __call__(self, h, seq, cache, step: Literal["train", "prefill", "decode"], impl):
-        c = self.config
+    def __call__(self, h, seq, step: Mode, impl, *, cache=None, state=None, shared=None, rng=None):
+        """``(h, out)``: the residual stream and what the attention returned."""
+        c, attention = self.config, self.attn.config
         wide = jnp.dtype(c.precision.softmax)
         x = rms_norm(h, self.attn_norm[...], c.norm_eps, wide)
+        keywords: dict[str, Any] = {"impl": impl}
+        if attention.reads or attention.writes:
+            keywords["shared"] = {name: (shared or {})[name] for name in attention.reads}
+        if state is not None:
+            keywords["state"] = jax.lax.stop_gradient(state)
         if step == "train":
-            out = self.attn(x, seq, impl=impl)
+            out = self.attn(x, seq, rng=rng, **keywords)
         else:
-            out = getattr(self.attn, step)(x, seq, cache, impl=impl)
+            out = getattr(self.attn, step)(x, seq, cache, **keywords)
+        if set(out.shared or ()) != set(attention.writes):
+            raise ConfigError(
+                f"{type(attention).__name__} wrote {sorted(out.shared or ())}",
+                f"its config declares writes = {attention.writes}", "make them agree",
+            )
         h = h + out.y.astype(h.dtype)
         x = rms_norm(h, self.mlp_norm[...], c.norm_eps, wide)
-        return h + self.mlp(x).astype(h.dtype), out.cache, out.aux or {}
+        return h + self.mlp(x).astype(h.dtype), out
 
 
 class Decoder(nnx.Module):
@@ -182,55 +208,79 @@ class Decoder(nnx.Module):
         """The head's table ``[rows, D]``."""
         return self.embedding[...] if self.config.tied else self.head[...]
 
-    def hidden(self, tokens, seq: Seq, *, caches=None, step="train", impl=None):
-        """``(h[B, T, D], caches, aux)`` after the final norm; aux sums the layers' scalars."""
+    def hidden(
+        self, tokens, seq: Seq, *, caches=None, state=None, rng=None, step: Mode = "train",
+        impl=None,
+    ) -> Pass:
+        """One pass over ``tokens[B, T]``.
+
+        ``state``: as from ``init_state``, needed where a layer has one. ``rng``: random key of a
+        training step, None = evaluation.
+        """
         c = self.config
         seq.check(*tokens.shape)
         table = constrain(self.embedding[...], "vocab", "width")  # fsdp gathers rows whole
         h = jnp.take(table, tokens, axis=0).astype(c.precision.compute)
         h = constrain(h, "batch", "time", "width")
-        h, caches, aux = self._repeat(h, seq, caches, step, impl)
+        out = self._repeat(h, seq, caches, state, rng, step, impl)
         wide = jnp.dtype(c.precision.softmax)
-        return rms_norm(h, self.final_norm[...], c.norm_eps, wide), caches, aux
+        return out._replace(h=rms_norm(out.h, self.final_norm[...], c.norm_eps, wide))
 
-    def _repeat(self, h, seq, caches, step, impl):
+    def _repeat(self, h, seq, caches, state, rng, step, impl) -> Pass:
         c = self.config
         graphdef, params = versions.split_module(self.blocks)
-        if caches is None:
-            caches = [None] * len(c.period)
+        none = [None] * len(c.period)
+        state = self._check_state(none if state is None else state)
+        keys = None if rng is None else jax.random.split(rng, c.repeats)
+        over = (params, none if caches is None else caches, state, keys)
 
         def period(h, one):
-            params, caches = one
+            params, caches, states, key = one
             blocks = versions.merge_module(graphdef, params)
-            new, aux = [], {}
-            for block, cache in zip(blocks, caches, strict=True):
-                h, cache, scalars = block(h, seq, cache, step, impl)
-                new.append(cache)
-                for name, value in scalars.items():
+            shared, new, aux = {}, ([], []), {}
+            for place, block in enumerate(blocks):
+                h, out = block(
+                    h, seq, step, impl, cache=caches[place], state=states[place], shared=shared,
+                    rng=None if key is None else jax.random.fold_in(key, place),
+                )
+                shared |= out.shared or {}
+                new[0].append(out.cache)
+                new[1].append(out.state)
+                for name, value in (out.aux or {}).items():
                     aux[name] = aux.get(name, 0) + value
-            return h, (new, aux)
+            return h, (*new, aux)
 
         if c.remat != "none" and step == "train":
             period = jax.checkpoint(period, policy=_POLICIES[c.remat])
         if c.scan and c.repeats > 1:
-            h, (caches, aux) = jax.lax.scan(period, h, (params, caches))
-            return h, caches, jax.tree.map(lambda a: a.sum(0), aux)
-        outs = []
-        for i in range(c.repeats):
-            h, out = period(h, jax.tree.map(lambda a, i=i: a[i], (params, caches)))
-            outs.append(out)
-        caches, aux = jax.tree.map(lambda *a: jnp.stack(a), *outs)
-        return h, caches, jax.tree.map(lambda a: a.sum(0), aux)
+            h, (caches, state, aux) = jax.lax.scan(period, h, over)
+        else:
+            outs = []
+            for i in range(c.repeats):
+                h, out = period(h, jax.tree.map(lambda a, i=i: a[i], over))
+                outs.append(out)
+            caches, state, aux = jax.tree.map(lambda *a: jnp.stack(a), *outs)
+        return Pass(h, caches, state, jax.tree.map(lambda a: a.sum(0), aux))
 
-    def loss(self, tokens, targets, weights, seq: Seq, *, impl=None):
-        """``(total, nll, aux)``: sums over weighted tokens; divide by ``weights.sum()``."""
+    def _check_state(self, state: list) -> list:
+        """Raise ConfigError where a layer has state and the pass was given none."""
+        for block, given in zip(_first(self.blocks), state, strict=True):
+            if given is None and block.attn.init_state() is not None:
+                raise ConfigError(
+                    f"state of {type(block.attn).__name__} = None", "this layer carries state",
+                    "pass state=decoder.init_state(), or that of the run",
+                )
+        return state
+
+    def loss(self, tokens, targets, weights, seq: Seq, *, state=None, rng=None, impl=None):
+        """``(total, nll, aux, state)``; sums over weighted tokens: divide by ``weights.sum()``."""
         c = self.config
-        h, _, aux = self.hidden(tokens, seq, impl=impl)
+        out = self.hidden(tokens, seq, state=state, rng=rng, impl=impl)
         total, nll = cross_entropy(
-            h, self.table, targets, weights, vocab_size=c.vocab_size, z_loss=c.z_loss,
+            out.h, self.table, targets, weights, vocab_size=c.vocab_size, z_loss=c.z_loss,
             chunk=c.loss_chunk,
         )
-        return total, nll, aux
+        return total, nll, out.aux, out.state
 
     def logits(self, h: jax.Array) -> jax.Array:
         """``h[..., D]`` to fp32 logits ``[..., vocab_size]``."""
@@ -242,22 +292,28 @@ class Decoder(nnx.Module):
 
     def init_caches(self, batch: int, capacity: int, dtype=None) -> list:
         """One stacked cache a place in the period."""
+        return self._each(lambda layer: layer.init_cache(batch, capacity, dtype))
+
+    def init_state(self) -> list:
+        """One stacked state a place in the period, None for layers without one."""
+        return self._each(lambda layer: layer.init_state())
+
+    def _each(self, make) -> list:
+        """``make`` of every layer of the period, one copy a repeat."""
         repeats = self.config.repeats
-        caches = []
-        for block in _first(self.blocks):
-            cache = block.attn.init_cache(batch, capacity, dtype)
-            caches.append(
-                jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), cache)
-            )
-        return caches
 
-    def prefill(self, tokens, seq: Seq, caches, *, impl=None):
+        def stack(a):
+            return jnp.broadcast_to(a, (repeats, *a.shape))
+
+        return [jax.tree.map(stack, make(block.attn)) for block in _first(self.blocks)]
+
+    def prefill(self, tokens, seq: Seq, caches, *, state=None, impl=None):
         """``(h[B, T, D], caches)``; may be called repeatedly."""
-        return self.hidden(tokens, seq, caches=caches, step="prefill", impl=impl)[:2]
+        return self.hidden(tokens, seq, caches=caches, state=state, step="prefill", impl=impl)[:2]
 
-    def decode(self, tokens, seq: Seq, caches, *, impl=None):
+    def decode(self, tokens, seq: Seq, caches, *, state=None, impl=None):
         """``(h[B, t, D], caches)`` for 1 to 8 tokens."""
-        return self.hidden(tokens, seq, caches=caches, step="decode", impl=impl)[:2]
+        return self.hidden(tokens, seq, caches=caches, state=state, step="decode", impl=impl)[:2]
 
     @staticmethod
     def axes(module: Decoder) -> dict:

@@ -27,20 +27,37 @@ LAYOUT = "stacked"
 
 
 def flatten(state: TrainState) -> dict[str, Any]:
-    """The state as nested dicts with string keys (optimizer leaves by their path)."""
-    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    """The state as nested dicts with string keys (optimizer and layer state by their paths)."""
     return {
-        "params": state.params,
-        "opt": {jax.tree_util.keystr(path): leaf for path, leaf in leaves},
+        "opt": _by_path(state.opt_state),
         "counters": {"step": state.step, "skipped": state.skipped, "streak": state.streak},
+        **_weights(state),
     }
+
+
+def _weights(state: TrainState) -> dict[str, Any]:
+    """What a model needs to run: parameters, and the state of its layers where they have one."""
+    layers = _by_path(state.layers)
+    return {"params": state.params} | ({"layers": layers} if layers else {})
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def _from_paths(flat: dict[str, Any], like: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: flat[jax.tree_util.keystr(path)], like
+    )
 
 
 def unflatten(flat: dict[str, Any], like: TrainState) -> TrainState:
     """The inverse of ``flatten`` around the tree structure of ``like``."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(like.opt_state)
-    opt = tree.unflatten([flat["opt"][jax.tree_util.keystr(path)] for path, _ in leaves])
-    return TrainState(params=flat["params"], opt_state=opt, **flat["counters"])
+    return TrainState(
+        params=flat["params"], opt_state=_from_paths(flat["opt"], like.opt_state),
+        layers=_from_paths(flat.get("layers", {}), like.layers), **flat["counters"],
+    )
 
 
 def _checksum(x: jax.Array) -> jax.Array:
@@ -217,8 +234,13 @@ class Checkpoints:
         self._manager = self._open()
 
 
-def restore_params(directory: str | epath.Path, trainer: Trainer, step: int | None = None) -> Any:
-    """Only the parameters of a checkpoint, checked, in ``trainer``'s shardings."""
+def restore_weights(
+    directory: str | epath.Path, trainer: Trainer, step: int | None = None
+) -> tuple[Any, list]:
+    """``(params, layers)`` of a checkpoint, checked, in ``trainer``'s shardings.
+
+    ``layers`` is the explicit state of the layers, as in ``TrainState``.
+    """
     directory = absolute(directory)
     if not directory.exists():
         raise CheckpointError(f"{directory}", "does not exist", "pass the folder of a run")
@@ -231,7 +253,8 @@ def restore_params(directory: str | epath.Path, trainer: Trainer, step: int | No
             f"{directory}", f"has no checkpoint {'' if step is None else step} (found {steps})",
             "pass the folder of a run, or another --step",
         )
-    like = {"params": trainer.abstract_state().params}
+    abstract = trainer.abstract_state()
+    like = _weights(abstract)
     others = [s for s in steps if s != step]
     fix = f"use an older one of {others}" if others else "there is no other one"
     restored, reason = None, ""
@@ -262,7 +285,7 @@ def restore_params(directory: str | epath.Path, trainer: Trainer, step: int | No
         raise CheckpointError(
             f"checkpoint {step} in {directory}", f"is damaged: {wrong[0]} fails its checksum", fix
         )
-    return restored["params"]
+    return restored["params"], _from_paths(restored.get("layers", {}), abstract.layers)
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:
@@ -273,9 +296,10 @@ def _shapes(tree: Any) -> dict[str, list[int]]:
 
 
 def _check_shapes(stored: dict[str, list[int]], like: Any, directory, step: int) -> None:
-    """Raise CheckpointError unless the checkpoint has the parameters of this model."""
+    """Raise CheckpointError unless the checkpoint has the weights of this model."""
     here = _shapes(like)
-    there = {name: shape for name, shape in stored.items() if name.startswith("['params']")}
+    weights = ("['params']", "['layers']")
+    there = {name: shape for name, shape in stored.items() if name.startswith(weights)}
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             raise CheckpointError(

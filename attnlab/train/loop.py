@@ -71,7 +71,7 @@ def run(
             if init_from is not None and before is not None and _has_checkpoint(folder):
                 reporter.say(f"--init-from {init_from} left out: the run has its own checkpoint")
             elif init_from is not None:
-                weights = checkpoint.restore_params(
+                weights, _ = checkpoint.restore_weights(
                     epath.Path(init_from) / "checkpoints", prepared.trainer
                 )
                 reporter.say(f"weights from {init_from}")
@@ -338,7 +338,8 @@ class _Session:
         limit = -(-c.eval_rows // c.batch) if c.eval_rows else None
         batches = eval_batches(rows, c.batch, max_batches=limit, **self.shard)
         result = evaluate(
-            self.trainer, self.state.params, batches, bytes_per_token=rows.bytes_per_token
+            self.trainer, self.state.params, batches, layers=self.state.layers,
+            bytes_per_token=rows.bytes_per_token,
         )
         return {"val_loss": result.nats_per_token, "val_bits_per_byte": result.bits_per_byte}
 
@@ -365,7 +366,7 @@ class _Session:
 
     def _finish(self) -> None:
         """Plot, sample and what to try next."""
-        sample = self.run_.sample(self.state.params) if self.config.sample_tokens else None
+        sample = self.run_.sample(self.state) if self.config.sample_tokens else None
         if not self.first:
             return
         rows = trackers.read(self.folder / "metrics.jsonl")

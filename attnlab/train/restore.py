@@ -11,7 +11,7 @@ from attnlab.core import config as configs
 from attnlab.core.errors import CheckpointError
 from attnlab.data.tokenizer import Tokenizer, load_tokenizer
 from attnlab.train import recipe as recipes
-from attnlab.train.checkpoint import Checkpoints, restore_params
+from attnlab.train.checkpoint import Checkpoints, restore_weights
 from attnlab.train.recipe import Recipe
 from attnlab.train.setup import make_trainer
 from attnlab.train.state import Trainer
@@ -24,6 +24,7 @@ class LoadedRun:
     recipe: Recipe
     trainer: Trainer
     params: Any
+    layers: list  # explicit state of the layers
     tokenizer: Tokenizer
     corpus_fingerprint: str
     step: int
@@ -50,7 +51,7 @@ def load_run(path: str, step: int | None = None) -> LoadedRun:
             f"{path}", "holds no complete checkpoint yet", "let the run reach its first checkpoint"
         )
     chosen = steps[-1] if step is None else step
-    params = restore_params(folder / "checkpoints", trainer, chosen)
+    params, layers = restore_weights(folder / "checkpoints", trainer, chosen)
     meta = checkpoints.meta(chosen)
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.bos_token)
-    return LoadedRun(recipe, trainer, params, tokenizer, meta["fingerprint"], chosen)
+    return LoadedRun(recipe, trainer, params, layers, tokenizer, meta["fingerprint"], chosen)

@@ -21,7 +21,7 @@ from attnlab.parallel.mesh import make_mesh
 from attnlab.parallel.rules import RULES
 from attnlab.train.data import build_rows
 from attnlab.train.recipe import Recipe
-from attnlab.train.state import Trainer, check_batch
+from attnlab.train.state import Trainer, TrainState, check_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Run:
             "tokenizer": self.tokenizer.fingerprint, "versions": versions,
         }
 
-    def sample(self, params: Any) -> str:
+    def sample(self, state: TrainState) -> str:
         """A continuation of the first validation tokens, through the prefill/decode path."""
         from attnlab.infer.generate import generate
         from attnlab.infer.sample import SampleConfig
 
-        params = jax.device_put(params, self.trainer.replicated)
+        params, layers = jax.device_put((state.params, state.layers), self.trainer.replicated)
         out = generate(
             (self.trainer.graphdef, params), [self.prompt.tolist()],
-            new_tokens=self.recipe.train.sample_tokens,
+            new_tokens=self.recipe.train.sample_tokens, state=layers,
             sample=SampleConfig(temperature=0.8, top_k=40), key=jax.random.key(0),
             stop_ids=[self.tokenizer.bos],
         )
@@ -74,7 +74,7 @@ def make_trainer(recipe: Recipe) -> Trainer:
             )
     return Trainer(
         recipe.model, recipe.optimizer, c.steps, mesh, RULES, accumulate=c.accumulate,
-        layout="packed" if recipe.data.document_mask else "full", impl=c.impl,
+        layout="packed" if recipe.data.document_mask else "full", impl=c.impl, seed=c.seed,
     )
 
 

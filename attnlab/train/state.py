@@ -33,6 +33,7 @@ class TrainState:
     Args:
         step: int32, steps taken (skipped ones included). params, opt_state: trees.
         skipped: int32, steps skipped so far. streak: int32, skipped steps in a row.
+        layers: explicit state of the layers (``Decoder.init_state``).
     """
 
     step: jax.Array
@@ -40,6 +41,7 @@ class TrainState:
     opt_state: Any
     skipped: jax.Array
     streak: jax.Array
+    layers: Any
 
 
 class Trainer:
@@ -49,14 +51,16 @@ class Trainer:
         model: decoder config. config: optimizer config. steps: length of the schedule.
         mesh, rules: where everything lives. accumulate: microbatches a step.
         layout: the static promise of ``Seq`` about every batch. impl: attention implementation.
+        seed: of the random key that layers get, a function of it, the step and the microbatch.
     """
 
     def __init__(
         self, model: DecoderConfig, config: OptimizerConfig, steps: int, mesh: Mesh, rules: Rules,
-        *, accumulate: int = 1, layout: str = "packed", impl: Any = None,
+        *, accumulate: int = 1, layout: str = "packed", impl: Any = None, seed: int = 0,
     ):
         self.model, self.config, self.mesh, self.rules = model, config, mesh, rules
         self.accumulate, self.layout, self.impl = accumulate, layout, impl
+        self.seed = seed
         self.graphdef, self.axes, abstract = _parts(model)
         self.tx = optimizer.build(config, self.axes, steps)
         self.lr = optimizer.schedule(config, config.lr, steps)
@@ -95,7 +99,8 @@ class Trainer:
         if abstract:
             params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, self.tx.init(params), zero, zero)
+        layers = self.module(params).init_state()
+        return TrainState(zero, params, self.tx.init(params), zero, zero, layers)
 
     def _state_shardings(self, abstract) -> TrainState:
         shapes = jax.eval_shape(lambda: self._fresh(abstract, abstract=True))
@@ -116,40 +121,45 @@ class Trainer:
 
         return jax.tree_util.tree_map_with_path(place, shapes)
 
-    def _sums(self, params, batch: Batch):
-        """``(total, (nll, tokens, aux))`` summed over the weighted tokens of a batch."""
+    def _sums(self, params, batch: Batch, layers, rng):
+        """``(total, ((nll, tokens, aux), layers))`` summed over the weighted tokens of a batch."""
         segments = batch["segments"] if self.layout != "full" else None
         seq = Seq(batch["positions"], segments, self.layout)  # type: ignore[arg-type]
         with sharding(self.mesh, self.rules):
-            total, nll, aux = self.module(params).loss(
-                batch["tokens"], batch["targets"], batch["loss_mask"], seq, impl=self.impl
+            total, nll, aux, layers = self.module(params).loss(
+                batch["tokens"], batch["targets"], batch["loss_mask"], seq, state=layers, rng=rng,
+                impl=self.impl,
             )
         count = batch["loss_mask"].sum()
         losses = sum((v for k, v in aux.items() if k.endswith("_loss")), 0.0)
-        return total + losses * count, (nll, count, aux)
+        return total + losses * count, ((nll, count, aux), layers)
 
-    def _gradients(self, params, batch: Batch):
-        grad = jax.value_and_grad(self._sums, has_aux=True)
+    def _gradients(self, params, batch: Batch, layers, rng):
+        """``(gradients, (nll, tokens, aux), layers)``, microbatch after microbatch."""
+        grad = jax.grad(self._sums, has_aux=True)
         if self.accumulate == 1:
-            (_, sums), grads = grad(params, batch)
-            return grads, sums
+            grads, (sums, layers) = grad(params, batch, layers, rng)
+            return grads, sums, layers
         # Row b of the batch goes to microbatch b % A, so every device works on every microbatch.
         split = jax.tree.map(
             lambda x: x.reshape(-1, self.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )
+        keys = jax.random.split(rng, self.accumulate)
 
         def body(carry, micro):
-            (_, sums), grads = grad(params, micro)
-            return jax.tree.map(jnp.add, carry, (grads, sums)), None
+            *done, layers = carry
+            grads, (sums, layers) = grad(params, micro[0], layers, micro[1])
+            return (*jax.tree.map(jnp.add, tuple(done), (grads, sums)), layers), None
 
-        first = jax.tree.map(lambda x: x[0], split)
-        (_, sums), grads = grad(params, first)
-        rest = jax.tree.map(lambda x: x[1:], split)
-        (grads, (nll, count, aux)), _ = jax.lax.scan(body, (grads, sums), rest)
-        return grads, (nll, count, jax.tree.map(lambda a: a / self.accumulate, aux))
+        first = jax.tree.map(lambda x: x[0], (split, keys))
+        rest = jax.tree.map(lambda x: x[1:], (split, keys))
+        grads, (sums, layers) = grad(params, first[0], layers, first[1])
+        (grads, (nll, count, aux), layers), _ = jax.lax.scan(body, (grads, sums, layers), rest)
+        return grads, (nll, count, jax.tree.map(lambda a: a / self.accumulate, aux)), layers
 
     def _step(self, state: TrainState, batch: Batch):
-        grads, (nll, count, aux) = self._gradients(state.params, batch)
+        rng = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        grads, (nll, count, aux), layers = self._gradients(state.params, batch, state.layers, rng)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
         loss, norm = nll / count, optax.tree.norm(grads)  # NaN for a batch without any target
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -163,7 +173,7 @@ class Trainer:
         bad = jnp.where(ok, 0, 1)
         new = TrainState(
             state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state),
-            state.skipped + bad, (state.streak + 1) * bad,
+            state.skipped + bad, (state.streak + 1) * bad, keep(layers, state.layers),
         )
         metrics = {
             "loss": loss, "grad_norm": norm, "loss_tokens": count, "skipped": new.skipped,
@@ -171,8 +181,8 @@ class Trainer:
         }
         return new, metrics
 
-    def _evaluate(self, params, batch: Batch):
-        _, (nll, count, _) = self._sums(params, batch)
+    def _evaluate(self, params, batch: Batch, layers=None):
+        _, ((nll, count, _), _) = self._sums(params, batch, layers, None)
         return nll, count
 
 

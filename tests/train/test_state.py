@@ -18,6 +18,7 @@ from attnlab.train.optimizer import OptimizerConfig
 from attnlab.train.state import Trainer, check_batch
 
 ROWS, LENGTH, VOCAB = 8, 12, 21
+KEY = jax.random.key(0)
 GQA = registry.build_config("gqa", dim=16, num_heads=4, num_kv_heads=2)
 MODEL = DecoderConfig(vocab_size=VOCAB, period=(GQA,), repeats=2, mlp_dim=24, z_loss=1e-3)
 
@@ -67,8 +68,8 @@ def plain():
 def test_accumulation_is_one_big_batch(plain, make, accumulate):
     params = plain.init(0).params
     small = trainer(accumulate)
-    want, (nll, count, _) = jax.jit(plain._gradients)(params, make())
-    got, (nll_, count_, _) = jax.jit(small._gradients)(params, make())
+    want, (nll, count, _), _ = jax.jit(plain._gradients)(params, make(), None, KEY)
+    got, (nll_, count_, _), _ = jax.jit(small._gradients)(params, make(), None, KEY)
     assert count == count_ == make()["loss_mask"].sum()
     np.testing.assert_allclose(nll_, nll, rtol=1e-6)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
