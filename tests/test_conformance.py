@@ -20,6 +20,7 @@ from subject import CHECKS, NEEDS_CACHE, ONCE, SPLITS, B, Subject, T, check
 from attnlab.core import registry
 from attnlab.core.errors import ConfigError, ShapeError, UnsupportedError
 from attnlab.core.layer import MAX_DECODE
+from attnlab.core.mask import Coords
 from attnlab.core.types import Out, Seq
 from attnlab.core.versions import merge_module
 from attnlab.testing import fixtures
@@ -590,6 +591,12 @@ def flops_are_counted(s: Subject):
         found = matmul_flops(run, jnp.zeros((1, t, s.config.dim)), ones(1, t), *args)
         assert said.dense == found, f"{mode} T={t} S={size}: {said} but the jaxpr has {found}"
         assert 0 < said.useful <= said.dense and said.visible <= said.attention
+        if hasattr(s.config, "mask"):  # attention by pairs: the visible ones, counted
+            places = np.arange(size, dtype=np.int32)[None]
+            keys = Coords(places, None, places[0])
+            queries = Coords(places[:, size - t :], None, places[0, size - t :])
+            pairs = int(s.config.mask.visible(queries, keys).sum())
+            assert said.visible * t * size == said.attention * pairs, f"{mode} T={t} S={size}"
 
     train = functools.partial(module, impl="reference")
     for t in (1, 7, 20):

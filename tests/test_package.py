@@ -78,7 +78,7 @@ def test_wheel_imports_where_it_is_installed(wheel, tmp_path):
     code = (
         "import attnlab, pathlib, sys; "
         "assert pathlib.Path(attnlab.__file__).is_relative_to(sys.argv[1]), attnlab.__file__; "
-        "print(attnlab.__version__, attnlab.GQAConfig(dim=8, num_heads=2).num_kv_heads); "
+        "print(attnlab.__version__, attnlab.GQAConfig(dim=8, num_heads=2).K); "
         "from attnlab.cli import main; sys.exit(main(['list', '--json']))"
     )
     env = os.environ | {"PYTHONPATH": str(target), "JAX_PLATFORMS": "cpu"}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from attnlab.core.errors import MeshError
+from attnlab.core.errors import ConfigError, MeshError
 
 Axes = tuple[str | None, ...]
 Rules = Mapping[str, tuple[str, ...]]
@@ -37,6 +37,11 @@ def parameter(rngs: nnx.Rngs, init, shape: Sequence[int], axes: Axes, dtype) -> 
     """A parameter that carries its logical axes as one inert metadata key."""
     shape = tuple(shape)
     assert len(shape) == len(axes), (shape, axes)
+    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise ConfigError(
+            f"precision.params = {dtype!r}", "this jax has 64-bit types switched off",
+            'call jax.config.update("jax_enable_x64", True) first, or use "float32"',
+        )
     return nnx.Param(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
 
 
@@ -81,7 +86,11 @@ def check_divisible(name: str, shape: Sequence[int], part: PartitionSpec, mesh: 
 
 @contextlib.contextmanager
 def sharding(mesh: Mesh, rules: Rules):
-    """Inside, ``constrain`` pins activations to the mesh; outside it does nothing."""
+    """Inside, ``constrain`` pins activations to the mesh; outside it does nothing.
+
+    It acts while a function is traced. ``jax.jit`` does not see it: a function that was traced
+    outside keeps that trace, so jit it inside, or name the mesh in a static argument.
+    """
     token = _context.set((mesh, rules))
     try:
         yield

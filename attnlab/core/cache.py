@@ -132,7 +132,9 @@ class TokenCache:
 
     def truncate(self, length: jax.Array | int) -> Self:
         """Forget every token after the first ``length`` (an integer or int32 ``[B]``) of a row."""
-        length = jnp.minimum(self.length, jnp.asarray(length, jnp.int32))
+        if isinstance(length, int) and length < 0:
+            raise ShapeError(f"length = {length}", "is a number of tokens", "use 0 to forget all")
+        length = jnp.clip(jnp.asarray(length, jnp.int32), 0, self.length)
         keep = jnp.arange(self.capacity)[None, :] < length[:, None]
         return dataclasses.replace(self, length=length, segments=jnp.where(keep, self.segments, 0))
 

@@ -40,7 +40,10 @@ _target: contextvars.ContextVar[Device | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def compiling_for(device: Device) -> Iterator[None]:
-    """Ops traced inside are for ``device``, which need not be attached (ahead-of-time compiles)."""
+    """Ops traced inside are for ``device``, which need not be attached (ahead-of-time compiles).
+
+    Like every context it acts on tracing: a function that jit has traced already keeps its trace.
+    """
     token = _target.set(device)
     try:
         yield

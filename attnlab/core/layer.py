@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from attnlab.core.errors import ConfigError, ShapeError, UnsupportedError
@@ -43,13 +44,15 @@ class Flops(NamedTuple):
         return self.linear + self.visible
 
 
-def visible_pairs(T: int, S: int, window: int | None = None) -> int:
-    """Causal (query, key) pairs when T queries stand at the end of S keys, in a window or not."""
-    first = S - T + 1
-    if window is None or window >= S:
-        return T * (first + S) // 2
-    growing = max(0, min(window, S) - first)
-    return growing * first + growing * (growing - 1) // 2 + (T - growing) * window
+def visible_pairs(T: int, S: int, window: int | None = None, sinks: int = 0) -> int:
+    """Causal (query, key) pairs when T queries stand at the end of S keys.
+
+    In a window where one is given, with the first ``sinks`` keys visible outside it.
+    """
+    last = S - T + 1 + np.arange(T)  # keys up to each query
+    if window is None:
+        return int(last.sum())
+    return int((np.minimum(last, window) + np.clip(last - window, 0, sinks)).sum())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from attnlab.core.errors import ConfigError
+from attnlab.core.errors import ConfigError, ShapeError
 
 STATIC = {"static": True}  # a field fixed at trace time
 
@@ -77,18 +78,35 @@ class Mask:
         """False only if no pair of the two boxes is visible."""
         return True
 
+    def check(self, B: int, N: int, T: int) -> None:
+        """Raise ShapeError unless the arrays of the mask fit ``T`` queries of B rows, N heads."""
+
+    def specs(self, batch: tuple[str, ...], heads: tuple[str, ...]) -> Mask:
+        """This mask with the partition of every array in its place (mesh axes of rows, heads)."""
+        return self
+
 
 def _require(condition, what: str, rule: str, fix: str) -> None:
     if not condition:
         raise ConfigError(what, rule, fix)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class And(Mask):
+class _Pair(Mask):
     left: Mask
     right: Mask
 
+    def check(self, B, N, T):
+        self.left.check(B, N, T)
+        self.right.check(B, N, T)
+
+    def specs(self, batch, heads):
+        return type(self)(self.left.specs(batch, heads), self.right.specs(batch, heads))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class And(_Pair):
     def visible(self, q, k):
         return self.left.visible(q, k) & self.right.visible(q, k)
 
@@ -98,10 +116,7 @@ class And(Mask):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Or(Mask):
-    left: Mask
-    right: Mask
-
+class Or(_Pair):
     def visible(self, q, k):
         return self.left.visible(q, k) | self.right.visible(q, k)
 
@@ -211,6 +226,17 @@ class Prefix(Mask):
     def maybe(self, q, k):
         return k.first < jnp.max(jnp.asarray(self.length))
 
+    def check(self, B, N, T):
+        shape = jnp.shape(self.length)
+        if shape not in ((), (1,), (B,)):
+            raise ShapeError(
+                f"Prefix.length has shape {shape}", f"must be a number or [B] = ({B},)",
+                "give one length, or one a row",
+            )
+
+    def specs(self, batch, heads):
+        return Prefix(P(batch) if jnp.size(self.length) > 1 else P())
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +284,21 @@ class Blocks(Mask):
         inside = (row >= q.index_min // self.block_q) & (row <= q.index_max // self.block_q)
         inside &= self.lists >= k.index_min // self.block_k
         return (inside & (self.lists <= k.index_max // self.block_k)).any()
+
+    def check(self, B, N, T):
+        shape, rows = jnp.shape(self.lists), -(-T // self.block_q)
+        fits = len(shape) == 4 and shape[0] in (1, B) and shape[1] in (1, N) and shape[2] == rows
+        if not fits:
+            raise ShapeError(
+                f"Blocks.lists has shape {shape}",
+                f"must be [B or 1, N or 1, T/block_q, M] = [{B} or 1, {N} or 1, {rows}, M]",
+                f"list the key blocks of every block of {self.block_q} queries",
+            )
+
+    def specs(self, batch, heads):
+        rows, columns, *_ = self.lists.shape
+        part = P(batch if rows > 1 else None, heads if columns > 1 else None)
+        return dataclasses.replace(self, lists=part)
 
 
 def conjuncts(mask: Mask) -> list[Mask]:

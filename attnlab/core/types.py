@@ -35,7 +35,8 @@ class Seq:
             at the end; ``"any"``: nothing is promised.
 
     Variants with convolutions or shifts (CCA) take the token before in a segment from the order of
-    the array, so the tokens of a segment must stand there in ascending position.
+    the array, so the tokens of a segment must stand there in ascending position. Padding may hold
+    any finite numbers.
     """
 
     positions: Int[Array, "B T"]
@@ -58,6 +59,13 @@ class Seq:
                     f"must be [B, T] = ({batch}, {length}) like the tokens",
                     "build it with Seq.full(B, T) or pass one position and segment a token",
                 )
+        if self.layout not in LAYOUTS or (self.layout == "packed") > (self.segments is not None):
+            raise ConfigError(
+                f"seq.layout = {self.layout!r} with segments = "
+                f"{'None' if self.segments is None else 'an array'}",
+                f"is one of {', '.join(LAYOUTS)}; packed documents have segments",
+                'pass the segments, or layout="any"',
+            )
 
 
 @jax.tree_util.register_dataclass

@@ -68,28 +68,7 @@ class GQAConfig(LayerConfig):
 
     def __post_init__(self):
         self.require_positive("dim", "num_heads")
-        if self.head_dim is None:
-            self.require(
-                self.dim % self.num_heads == 0,
-                f"num_heads = {self.num_heads}",
-                f"must divide dim = {self.dim} when head_dim is not given",
-                "set head_dim",
-            )
-        for name, default in (
-            ("num_kv_heads", self.num_heads),
-            ("head_dim", self.dim // self.num_heads),
-        ):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
-        if self.value_dim is None:
-            object.__setattr__(self, "value_dim", self.head_dim)
-        self.require_positive("num_kv_heads", "head_dim", "value_dim")
-        self.require(
-            self.num_heads % self.K == 0,
-            f"num_kv_heads = {self.K}",
-            f"must divide num_heads = {self.num_heads}",
-            f"use one of {[k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]}",
-        )
+        self._check_heads()
         self.require(
             0 <= self.rotary_fraction <= 1,
             f"rotary_fraction = {self.rotary_fraction}", "is a share of head_dim", "use 0 to 1",
@@ -104,17 +83,38 @@ class GQAConfig(LayerConfig):
         self.require_above_zero("logit_cap", "scale", "norm_eps")
         self.rope  # noqa: B018 - checks its own width and pairing
 
+    def _check_heads(self) -> None:
+        self.require(
+            self.head_dim is not None or self.dim % self.num_heads == 0,
+            f"num_heads = {self.num_heads}",
+            f"must divide dim = {self.dim} when head_dim is not given",
+            "set head_dim",
+        )
+        self._check_widths()
+        self.require(
+            self.num_heads % self.K == 0,
+            f"num_kv_heads = {self.K}",
+            f"must divide num_heads = {self.num_heads}",
+            f"use one of {[k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]}",
+        )
+
+    def _check_widths(self) -> None:
+        given = ("num_kv_heads", "head_dim", "value_dim")
+        self.require_positive(*(name for name in given if getattr(self, name) is not None))
+
+    # Defaults are not written into the fields: a changed num_heads or head_dim moves them along.
+
     @property
     def K(self) -> int:
-        return self.num_kv_heads  # type: ignore[return-value]
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def H(self) -> int:
-        return self.head_dim  # type: ignore[return-value]
+        return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def V(self) -> int:
-        return self.value_dim  # type: ignore[return-value]
+        return self.H if self.value_dim is None else self.value_dim
 
     @property
     def rope(self) -> Rope:
@@ -147,7 +147,7 @@ class GQAConfig(LayerConfig):
         return Flops(
             linear=2.0 * T * D * (N * H + K * H + K * V + N * V),
             attention=float(pair * T * S),
-            visible=float(pair * visible_pairs(T, S, self.window)),
+            visible=float(pair * visible_pairs(T, S, self.window, self.sink_tokens)),
         )
 
     def cache_bytes(self, tokens: int, dtype: Any = None) -> int:

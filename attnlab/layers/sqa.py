@@ -61,32 +61,28 @@ class SQAConfig(GQAConfig):
     gate: bool = False
     out_bias: bool = False
 
-    def __post_init__(self):
-        self.require_positive("dim", "num_heads")
-        if self.num_kv_heads is None:
-            object.__setattr__(self, "num_kv_heads", self.num_heads)
-        self.require_positive("num_kv_heads")
+    def _check_heads(self) -> None:
         if self.num_heads_total is not None:
             self.require_positive("num_heads_total")
-        if self.head_dim is None:
-            total = self.num_heads_total
-            self.require(
-                total is not None and self.dim % total == 0,
-                f"num_heads_total = {total}",
-                f"must divide dim = {self.dim} when head_dim is not given",
-                "set head_dim, or num_heads_total to the heads of the MHA it replaces",
-            )
-            object.__setattr__(self, "head_dim", self.dim // total)  # type: ignore[operator]
-        queries = self.num_heads
+        total = self.num_heads_total
         self.require(
-            queries % self.K == 0 or self.K % queries == 0,
-            f"num_heads = {queries} with num_kv_heads = {self.K}",
+            self.head_dim is not None or (total is not None and self.dim % total == 0),
+            f"num_heads_total = {total}",
+            f"must divide dim = {self.dim} when head_dim is not given",
+            "set head_dim, or num_heads_total to the heads of the MHA it replaces",
+        )
+        self._check_widths()
+        self.require(
+            self.num_heads % self.K == 0 or self.K % self.num_heads == 0,
+            f"num_heads = {self.num_heads} with num_kv_heads = {self.K}",
             "one must be a multiple of the other", f"use num_heads = {self.K}",
         )
-        # The rest of the rules of GQA hold for the heads that are computed.
-        object.__setattr__(self, "num_heads", self.M)
-        super().__post_init__()
-        object.__setattr__(self, "num_heads", queries)
+
+    @property
+    def H(self) -> int:
+        if self.head_dim is None:
+            return self.dim // self.num_heads_total  # type: ignore[operator] - checked
+        return self.head_dim
 
     @staticmethod
     def member(name: Member, *, dim: int, num_heads_total: int, **fields: Any) -> SQAConfig:

@@ -40,7 +40,8 @@ def cross_entropy(
 
     Args:
         hidden: ``[B, T, D]``. table: ``[rows, D]`` rows >= vocab_size, the rest is padding.
-        targets: int32 ``[B, T]``. weights: ``[B, T]``, 0 where a target does not count.
+        targets: int32 ``[B, T]``, below vocab_size where they count. weights: ``[B, T]``, 0 where
+            a target does not count; constants, no gradient flows to them.
         z_loss: weight of lse^2 in ``total``; ``nll`` never contains it and carries no gradient.
         chunk: tokens a row at a time; default bounds the logits at 256 MiB. Where it does not
             divide T, rows are filled up with tokens of weight 0.
@@ -59,7 +60,8 @@ def cross_entropy(
         x = jnp.moveaxis(x, 2, 0)
         return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
-    rows = (split(hidden), split(targets), split(weights.astype(jnp.float32)))
+    weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
+    rows = (split(hidden), split(targets), split(weights))
     table = constrain(table, "vocab", "width")
     total, nll = _chunked(rows[0], table, rows[1], rows[2], vocab_size, z_loss)
     return total, jax.lax.stop_gradient(nll)
@@ -79,7 +81,7 @@ def _sums(h, table, y, w, vocab_size, z_loss):
     z = _logits(h, table, vocab_size)
     lse = jax.nn.logsumexp(z, axis=-1)
     hit = jnp.take_along_axis(z, y[..., None], axis=-1)[..., 0]
-    nll = jnp.sum(w * (lse - hit))
+    nll = jnp.sum(jnp.where(w == 0, 0, w * (lse - hit)))  # an ignored target may be any number
     return z, lse, nll, nll + z_loss * jnp.sum(w * lse * lse)
 
 

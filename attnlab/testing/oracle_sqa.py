@@ -11,13 +11,13 @@ from attnlab.testing.oracles import attend, rms, rotation, sight
 
 
 def sqa_oracle(
-    params, x, positions, segments=None, *, num_heads, head_dim, num_kv_heads=None, value_dim=None,
-    qk_norm=False, norm_eps=1e-6, gate=False, out_bias=False, bias=False, rotary_fraction=1.0,
-    rope_theta=10_000.0, rope_pairing="half", window=None, sink_tokens=0, sink_logits=False,
-    logit_cap=None, scale=None,
+    params, x, positions, segments=None, *, num_heads, num_heads_total=None, head_dim=None,
+    num_kv_heads=None, value_dim=None, qk_norm=False, norm_eps=1e-6, gate=False, out_bias=False,
+    bias=False, rotary_fraction=1.0, rope_theta=10_000.0, rope_pairing="half", window=None,
+    sink_tokens=0, sink_logits=False, logit_cap=None, scale=None,
 ):
     """``y[B, T, D]``; padding (segment 0) gives zero."""
-    N, H = num_heads, head_dim
+    N, H = num_heads, x.shape[-1] // num_heads_total if head_dim is None else head_dim
     K = N if num_kv_heads is None else num_kv_heads
     positions = np.asarray(positions)
     segments = np.ones_like(positions) if segments is None else np.asarray(segments)

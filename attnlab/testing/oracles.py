@@ -63,8 +63,8 @@ def gqa_oracle(
     segments,
     *,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
     qk_norm: bool = False,
     norm_eps: float = 1e-6,
     rotary_fraction: float = 1.0,
@@ -79,6 +79,8 @@ def gqa_oracle(
 ):
     """Grouped-query attention, ``attnlab.layers.gqa``."""
     positions, segments = np.asarray(positions), np.asarray(segments)
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    head_dim = x.shape[-1] // num_heads if head_dim is None else head_dim
     width = 2 * math.floor(head_dim * rotary_fraction / 2)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     rows = []

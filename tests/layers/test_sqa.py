@@ -143,7 +143,7 @@ def test_counts(name):
 @pytest.mark.parametrize("name", MEMBERS)
 def test_members(name):
     c = SQAConfig.member(name, dim=64, num_heads_total=8, window=16)
-    assert (c.num_heads, c.num_kv_heads, c.head_dim, c.window) == (*MEMBERS[name], 8, 16)
+    assert (c.num_heads, c.K, c.H, c.window) == (*MEMBERS[name], 8, 16)
     mha = GQAConfig(dim=64, num_heads=8)
     share = c.flops(32, 32, "train").attention / mha.flops(32, 32, "train").attention
     assert share == max(MEMBERS[name]) / 8

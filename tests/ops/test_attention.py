@@ -192,8 +192,9 @@ def test_an_empty_row_ignores_a_broken_cotangent():
     q = jnp.ones((1, 20, 1, 4))
     f = functools.partial(attention, mask=Prefix(0), impl="xla", return_lse=True)
     _, pull = jax.vjp(f, q, q, q)
-    for g in pull((q, jnp.full((1, 20, 1), jnp.nan))):
-        assert (g == 0).all()
+    for broken in ((q, jnp.full((1, 20, 1), jnp.nan)), (q * jnp.nan, jnp.zeros((1, 20, 1)))):
+        for g in pull(broken):
+            assert (g == 0).all()
 
 
 @pytest.mark.parametrize("tiles", [(16, 16), (64, 64)])

@@ -13,7 +13,16 @@ import pytest
 
 from attnlab.core.dispatch import Device
 from attnlab.core.errors import ConfigError, DtypeError, ImplementationError, ShapeError
-from attnlab.core.mask import Causal, Coords, Full, Prefix, Segments, SinkTokens, Window
+from attnlab.core.mask import (
+    Blocks,
+    Causal,
+    Coords,
+    Full,
+    Prefix,
+    Segments,
+    SinkTokens,
+    Window,
+)
 from attnlab.ops.attention import OP, Call, attention, reference, vendor
 from attnlab.ops.attention.shapes import SHAPES
 from attnlab.testing.budget import close
@@ -152,9 +161,22 @@ def test_impl_by_name():
             "layout = 'full' with segments",
         ),
         (
-            _qkv(), {"layout": "packed", "positions": (_ints(2, 4), _ints(2, 4))}, ConfigError,
+            _qkv(), {"layout": "packed", "positions": (_ints(2, 4), _ints(2, 4)),
+                     "segments": _ints(2, 4)}, ConfigError,
             "promises that queries and keys are the same row",
         ),
+        (
+            _qkv(), {"layout": "packed", "positions": _ints(2, 4)}, ConfigError,
+            "layout = 'packed' with segments = None",
+        ),
+        (_qkv(), {"softmax_dtype": "bfloat16"}, ConfigError, "never below float32"),
+        (
+            _qkv(), {"mask": Causal() & Blocks(_ints(1, 3, 2, 1), 2, 2)}, ShapeError,
+            r"Blocks.lists has shape \(1, 3, 2, 1\): must be .* = \[2 or 1, 4 or 1, 2, M\]",
+        ),
+        (_qkv(), {"mask": Blocks(_ints(1, 1, 1, 1), 2, 2)}, ShapeError, r"shape \(1, 1, 1, 1\)"),
+        (_qkv(), {"mask": Blocks(_ints(2, 2), 2, 2)}, ShapeError, r"shape \(2, 2\)"),
+        (_qkv(), {"mask": Prefix(_ints(3))}, ShapeError, r"Prefix.length has shape \(3,\)"),
     ],
 )
 def test_bad_arguments(qkv, options, error, message):

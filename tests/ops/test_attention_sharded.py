@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnlab.core import axes
-from attnlab.core.mask import Causal, Coords, Segments, Window
+from attnlab.core.mask import Blocks, Causal, Coords, Prefix, Segments, Window
 from attnlab.core.versions import make_mesh
 from attnlab.ops.attention import _over_shards, attention, reference, vendor, xla
 from attnlab.parallel.rules import RULES
@@ -72,6 +72,7 @@ def main() -> None:
     close_trees(gradients(sharded)(arrays), expected, name="shard_map")
     for heads in ((4, 2), (4, 1), (3, 3)):
         kernel_over_shards(*heads)
+    masks_over_shards()
 
 
 def kernel_over_shards(N: int, K: int) -> None:
@@ -106,6 +107,30 @@ def kernel_over_shards(N: int, K: int) -> None:
     close_trees(found, expected, name=f"kernel over shards, N = {N}, K = {K}")
     spec = found[1].sharding.spec
     assert spec[0] == "data" and ("tensor" in spec) == (N % 2 == 0), spec
+
+
+def masks_over_shards() -> None:
+    """Arrays inside a mask are cut as the rows and heads they speak of; sinks and lse too."""
+    B, T, N, H = 4, 8, 4, 4
+    keys = jax.random.split(jax.random.key(2), 3)
+    q, k, v = (jax.random.normal(key, (B, T, N, H)) for key in keys)
+    place = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    lists = jax.random.randint(jax.random.key(3), (B, N, 4, 2), -1, 4)
+    coords = Coords(place, None, jnp.arange(T))
+    for mask in (
+        Causal() | Prefix(jnp.array([6, 0, 3, 1])), Causal() | Prefix(2), Blocks(lists, 2, 2),
+        Blocks(lists[:1], 2, 2) | Causal(), Blocks(lists[:, :1], 2, 2) & Causal(),
+    ):
+        call = dict(
+            mask=mask, q_coords=coords, k_coords=coords, scale=0.5, logit_cap=None,
+            return_lse=True, softmax_dtype=jnp.dtype("float32"), layout="any",
+            sink_logits=jnp.arange(N) / 4,
+        )
+        expected = reference.forward(q, k, v, **call)
+        with axes.sharding(make_mesh((2, 2), ("data", "tensor")), RULES):
+            run = jax.jit(functools.partial(_over_shards, xla.forward, **call))
+            found = run(q, k, v)
+        close_trees(found, expected, name=f"{type(mask).__name__} over shards")
 
 
 if __name__ == "__main__":

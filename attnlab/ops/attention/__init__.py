@@ -154,11 +154,11 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
         )
     if layout not in LAYOUTS:
         raise ConfigError(f"layout = {layout!r}", "unknown", f"use one of {', '.join(LAYOUTS)}")
-    if full and layout == "packed":
+    if layout == "packed" and (full or segments is None):
         raise ConfigError(
-            "layout = 'packed' with positions = None",
-            "promises positions that restart at 0 with each document",
-            "pass the positions of the packed row",
+            f"layout = 'packed' with {'positions' if full else 'segments'} = None",
+            "promises documents end to end, whose positions restart at 0",
+            "pass the positions and segments of the packed row",
         )
     if layout == "full" and segments is not None:
         raise ConfigError(
@@ -179,6 +179,12 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
         raise ConfigError("scale is an array", "must be a Python number", "multiply q by it")
     if logit_cap is not None and not logit_cap > 0:
         raise ConfigError(f"logit_cap = {logit_cap}", "must be positive", "use None for no cap")
+    if jnp.dtype(softmax_dtype).name not in ("float32", "float64"):
+        raise ConfigError(
+            f"softmax_dtype = {softmax_dtype}", "logits and sums are never below float32",
+            'use "float32"',
+        )
+    mask.check(B, N, T)
     call = Call(
         B, T, S, N, K, H, V, q.dtype.name, mask, layout, segments is not None,
         sink_logits is not None, logit_cap, return_lse, Device.default(),
@@ -203,19 +209,20 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
     return (out, lse) if return_lse else out
 
 
-def _over_shards(forward, q, k, v, *, q_coords, k_coords, sink_logits, **static):
+def _over_shards(forward, q, k, v, *, mask, q_coords, k_coords, sink_logits, **static):
     """``forward`` on each device's rows and heads, for kernels that XLA cannot cut itself.
 
     Rows and heads are independent of each other: nothing is communicated. Heads stay whole where
     the mesh does not cut queries and keys alike; a single key/value head goes to every device.
     """
 
-    def part(q, k, v, q_coords, k_coords, sink_logits):
+    def part(q, k, v, mask, q_coords, k_coords, sink_logits):
         return forward(
-            q, k, v, q_coords=q_coords, k_coords=k_coords, sink_logits=sink_logits, **static
+            q, k, v, mask=mask, q_coords=q_coords, k_coords=k_coords, sink_logits=sink_logits,
+            **static,
         )
 
-    arrays = (q, k, v, q_coords, k_coords, sink_logits)
+    arrays = (q, k, v, mask, q_coords, k_coords, sink_logits)
     context = axes.current()
     if context is None or context[0].size == 1:
         return part(*arrays)
@@ -227,9 +234,9 @@ def _over_shards(forward, q, k, v, *, q_coords, k_coords, sink_logits, **static)
     coords: Any = Coords(P(batch), P(batch), P())  # type: ignore[arg-type] - specs in its shape
     if q_coords.segments is None:
         coords = dataclasses.replace(coords, segments=None)
+    specs = (q_spec, kv_spec, kv_spec, mask.specs(batch, heads), coords, coords, P(heads))
     return jax.shard_map(
-        part, mesh=context[0], in_specs=(q_spec, kv_spec, kv_spec, coords, coords, P(heads)),
-        out_specs=(q_spec, q_spec), check_vma=False,
+        part, mesh=context[0], in_specs=specs, out_specs=(q_spec, q_spec), check_vma=False
     )(*arrays)
 
 

@@ -152,6 +152,7 @@ def _attend_bwd(spec, residuals, cotangents):
     T, S, K = q.shape[1], k.shape[1], k.shape[2]
     tiling = _Tiling.of(spec, mask, q_coords, k_coords)
     alive = lse > -jnp.inf
+    do = jnp.where(alive[..., None], do, 0)
     delta = (o.astype(spec.wide) * do.astype(spec.wide)).sum(-1) - dlse
     delta = jnp.where(alive, delta, 0)
     lse = jnp.where(alive, lse, 0)
