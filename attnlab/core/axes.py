@@ -21,6 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from attnlab.core.errors import ConfigError, MeshError
 
 Axes = tuple[str | None, ...]
+WIDTH: Axes = ("batch", "time", "width")  # of activations [B, T, D]
+HEADS: Axes = ("batch", "time", "heads", None)  # of queries [B, T, N, H]
+KV_HEADS: Axes = ("batch", "time", "kv_heads", None)  # of keys and values [B, T, K, H]
 Rules = Mapping[str, tuple[str, ...]]
 
 _context: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(

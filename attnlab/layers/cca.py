@@ -38,9 +38,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.core.axes import constrain, normal, parameter, zeros
+from attnlab.core.axes import HEADS, KV_HEADS, WIDTH, normal, parameter, zeros
 from attnlab.core.cache import TokenCache, compact, refuse_truncate, segments_of, take_rows
 from attnlab.core.layer import Flops, Mode, refuse_policy
+from attnlab.core.linear import project
 from attnlab.core.norm import l2_norm
 from attnlab.core.types import Out
 from attnlab.layers.gqa import GQA, GQAConfig
@@ -173,7 +174,7 @@ class HeadConvs(nnx.Module):
     """Causal convolutions inside heads: depthwise ``w0[n, k0, H]``, dense ``w1[n, k1, H, H]``."""
 
     def __init__(self, config: CCAConfig, heads: int, axis: str, rngs: nnx.Rngs):
-        self.config = c = config
+        self.config, self.rows = (c := config), (axis, "batch", "time", None)
         (k0, k1), H, dtype = c.conv_widths, c.H, c.precision.params
 
         def make(taps: int, unit: jax.Array) -> tuple[nnx.Param, nnx.Param]:
@@ -194,18 +195,18 @@ class HeadConvs(nnx.Module):
 
     def __call__(self, u: jax.Array, segments: jax.Array | None) -> jax.Array:
         """``z[B, T, n, H]`` of ``u[B, h+T, n, H]``, the first h rows in front of the chunk."""
-        c, dtype = self.config, u.dtype
+        c, dtype, wide = self.config, u.dtype, jnp.dtype(self.config.precision.softmax)
         k0, k1 = c.conv_widths
-        u = u.transpose(2, 0, 1, 3)  # heads in front, where the batched matmul wants them
-        w0 = self.w0[...].astype(dtype)[:, :, None, None]
-        b0 = jnp.zeros((), dtype) if self.b0 is None else self.b0[...].astype(dtype)[:, None, None]
+        u = u.transpose(2, 0, 1, 3).astype(wide)  # heads in front, where the batched matmul is
+        w0 = self.w0[...].astype(wide)[:, :, None, None]
+        b0 = jnp.zeros((), wide) if self.b0 is None else self.b0[...].astype(wide)[:, None, None]
         z = sum((w0[:, i] * tap for i, tap in enumerate(_taps(u, k0, segments, 0.0))), b0)
         if self.w1 is not None:
-            y = jnp.concatenate(_taps(z, k1, segments, b0), axis=-1)
-            w1 = self.w1[...].astype(dtype).reshape(-1, k1 * c.H, c.H)
-            z = jnp.einsum("nbtc,nch->nbth", y, w1)
-            z = z if self.b1 is None else z + self.b1[...].astype(dtype)[:, None, None]
-        return z.transpose(1, 2, 0, 3)
+            y = jnp.concatenate(_taps(z, k1, segments, b0), axis=-1).astype(dtype)
+            w1 = self.w1[...].reshape(-1, k1 * c.H, c.H)
+            z = project("nbtc,nch->nbth", y, w1, self.rows, self.rows, wide.name)
+            z = z if self.b1 is None else z.astype(wide) + self.b1[...].astype(wide)[:, None, None]
+        return z.astype(dtype).transpose(1, 2, 0, 3)
 
 
 class CCA(GQA):
@@ -233,11 +234,10 @@ class CCA(GQA):
     def _rows(self, x, seq, cache: CCACache) -> list[jax.Array]:
         """u_q, u_k, w and the segments of a chunk, behind the rows of the cache in front of it."""
         compute = self.config.precision.compute
-        heads, x, rows = ("heads", "kv_heads", "kv_heads"), x.astype(compute), []
+        x, wide, rows = x.astype(compute), self.config.precision.softmax, []
         past = ((cache.u_q, self.w_q), (cache.u_k, self.w_k), (cache.w, self.w_v))
-        for (old, w), axis in zip(past, heads):
-            u = jnp.einsum("btd,dnh->btnh", x, w[...].astype(compute))
-            u = constrain(u, "batch", "time", axis, None)
+        for (old, w), into in zip(past, (HEADS, KV_HEADS, KV_HEADS)):
+            u = project("btd,dnh->btnh", x, w[...], WIDTH, into, wide)
             rows.append(jnp.concatenate([old.astype(compute), u], axis=1))
         return [*rows, jnp.concatenate([cache.past, segments_of(seq)], axis=1)]
 

@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.core.axes import constrain, normal, ones, parameter, zeros
+from attnlab.core.axes import HEADS, KV_HEADS, WIDTH, constrain, normal, ones, parameter, zeros
 from attnlab.core.cache import KVCache, segments_of
 from attnlab.core.layer import Flops, Layer, LayerConfig, Mode, refuse_policy, visible_pairs
+from attnlab.core.linear import project
 from attnlab.core.mask import Causal, Mask, SinkTokens, Window
 from attnlab.core.norm import rms_norm
 from attnlab.core.rope import Pairing, Rope
@@ -183,23 +184,19 @@ class GQA(Layer):
         wide = jnp.dtype(c.precision.softmax)
         x = x.astype(compute)
         q, k, v = (
-            jnp.einsum("btd,dnh->btnh", x, w[...].astype(compute))
-            for w in (self.w_q, self.w_k, self.w_v)
+            project("btd,dnh->btnh", x, w[...], WIDTH, into, wide.name)
+            for w, into in ((self.w_q, HEADS), (self.w_k, KV_HEADS), (self.w_v, KV_HEADS))
         )
         if c.bias:
             q, k, v = (
-                a + b[...].astype(compute)
+                (a.astype(wide) + b[...].astype(wide)).astype(compute)
                 for a, b in ((q, self.b_q), (k, self.b_k), (v, self.b_v))
             )
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.norm_eps, wide)
             k = rms_norm(k, self.k_norm[...], c.norm_eps, wide)
         q, k = c.rope.first(q, seq.positions, wide), c.rope.first(k, seq.positions, wide)
-        return (
-            constrain(q, "batch", "time", "heads", None),
-            constrain(k, "batch", "time", "kv_heads", None),
-            constrain(v, "batch", "time", "kv_heads", None),
-        )
+        return constrain(q, *HEADS), constrain(k, *KV_HEADS), constrain(v, *KV_HEADS)
 
     def _mix_values(self, q, k, v, positions, segments, layout, impl) -> jax.Array:
         """What the heads read, ``[B, T, N, V]``, before the output projection."""
@@ -213,9 +210,10 @@ class GQA(Layer):
 
     def _attend(self, q, k, v, positions, segments, layout, impl) -> jax.Array:
         o = self._mix_values(q, k, v, positions, segments, layout, impl)
-        o = constrain(o, "batch", "time", "heads", None)
-        y = jnp.einsum("btnv,nvd->btd", o, self.w_o[...].astype(o.dtype))
-        return constrain(y, "batch", "time", "width")
+        o = constrain(o, *HEADS)
+        return project(
+            "btnv,nvd->btd", o, self.w_o[...], HEADS, WIDTH, self.config.precision.softmax
+        )
 
     def __call__(self, x, seq, *, impl=None, rng=None, state=None, shared=None) -> Out:
         self.check(x, seq)

@@ -28,9 +28,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.core.axes import constrain, normal, ones, parameter
+from attnlab.core.axes import HEADS, WIDTH, constrain, normal, ones, parameter
 from attnlab.core.cache import LatentCache, segments_of
 from attnlab.core.layer import Flops, Layer, LayerConfig, Mode, refuse_policy, visible_pairs
+from attnlab.core.linear import project
 from attnlab.core.mask import Causal, Mask, Window
 from attnlab.core.norm import rms_norm
 from attnlab.core.rope import Pairing, Rope, Yarn
@@ -38,6 +39,7 @@ from attnlab.core.types import Out, Seq
 from attnlab.ops.attention import attention
 
 Form = Literal["absorbed", "expanded"]
+LATENT = ("batch", "time", "latent")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,54 +213,55 @@ class MLA(Layer):
             if Q is not None:
                 self.q_norm = parameter(rngs, ones, (Q,), (None,), dtype)
 
-    def _project(self, x: jax.Array, seq: Seq) -> tuple[jax.Array, ...]:
+    def _project(self, x, seq: Seq) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """``q_nope[B, T, N, nope], q_rope[B, T, N, P], latent[B, T, R], k_rope[B, T, P]``."""
         c, compute = self.config, self.config.precision.compute
         wide = jnp.dtype(c.precision.softmax)
         x = x.astype(compute)
         if c.q_rank is None:
-            q = jnp.einsum("btd,dnh->btnh", x, self.w_q[...].astype(compute))
+            q = project("btd,dnh->btnh", x, self.w_q[...], WIDTH, HEADS, wide.name)
         else:
-            down = jnp.einsum("btd,dq->btq", x, self.w_dq[...].astype(compute))
+            down = project("btd,dq->btq", x, self.w_dq[...], WIDTH, LATENT, wide.name)
             if c.latent_norm:
                 down = rms_norm(down, self.q_norm[...], c.norm_eps, wide)
-            q = jnp.einsum("btq,qnh->btnh", down, self.w_uq[...].astype(compute))
-        q = constrain(q, "batch", "time", "heads", None)
-        down = jnp.einsum("btd,dr->btr", x, self.w_dkv[...].astype(compute))
+            q = project("btq,qnh->btnh", down, self.w_uq[...], LATENT, HEADS, wide.name)
+        q = constrain(q, *HEADS)
+        down = project("btd,dr->btr", x, self.w_dkv[...], WIDTH, LATENT, wide.name)
         latent, k_rope = jnp.split(down, [c.kv_rank], axis=-1)
         if c.latent_norm:
             latent = rms_norm(latent, self.kv_norm[...], c.norm_eps, wide)
         q_nope, q_rope = jnp.split(q, [c.nope_dim], axis=-1)
         q_rope = c.rope(q_rope, seq.positions, wide)
         k_rope = c.rope(k_rope[:, :, None], seq.positions, wide)[:, :, 0]
-        latent = constrain(latent, "batch", "time", "latent")
+        latent = constrain(latent, *LATENT)
         return q_nope, q_rope, latent, constrain(k_rope, "batch", "time", None)
 
     def _attend(
         self, q_nope, q_rope, latent, k_rope, positions, segments, layout, impl, form: Form
     ) -> jax.Array:
         c = self.config
-        up = self.w_ukv[...].astype(latent.dtype)
-        w_uk, w_uv = jnp.split(up, [c.nope_dim], axis=-1)
+        up, wide = self.w_ukv[...], c.precision.softmax
+        w_uk, w_uv = jnp.split(up.astype(latent.dtype), [c.nope_dim], axis=-1)
         if form == "expanded":
-            k, v = jnp.split(jnp.einsum("bsr,rnh->bsnh", latent, up), [c.nope_dim], axis=-1)
-            shared = jnp.broadcast_to(k_rope[:, :, None], (*k.shape[:3], c.rope_dim))
-            q, k = jnp.concatenate([q_nope, q_rope], -1), jnp.concatenate([k, shared], -1)
-            k, v = (constrain(a, "batch", "time", "heads", None) for a in (k, v))
+            kv = project("bsr,rnh->bsnh", latent, up, LATENT, HEADS, wide)
+            k, v = jnp.split(kv, [c.nope_dim], axis=-1)
+            # Repeated wide: its gradient is a sum over heads, which devices may share.
+            rope = jnp.broadcast_to(k_rope[:, :, None].astype(wide), (*k.shape[:3], c.rope_dim))
+            q = jnp.concatenate([q_nope, q_rope], -1)
+            k = jnp.concatenate([k, rope.astype(k.dtype)], -1)
+            k, v = (constrain(a, *HEADS) for a in (k, v))
         else:  # one key/value head; the value is the first R columns of the key
             q = jnp.concatenate([self._absorb("btnh,rnh->btnr", q_nope, w_uk), q_rope], -1)
-            q = constrain(q, "batch", "time", "heads", None)
+            q = constrain(q, *HEADS)
             k, v = jnp.concatenate([latent, k_rope], -1)[:, :, None], latent[:, :, None]
         o = attention(
-            q, k, v,
-            mask=c.mask, scale=c.logit_scale, positions=positions, segments=segments,
-            layout=layout, softmax_dtype=c.precision.softmax, impl=impl,
+            q, k, v, mask=c.mask, scale=c.logit_scale, positions=positions, segments=segments,
+            layout=layout, softmax_dtype=wide, impl=impl,
         )
         if form == "absorbed":
             o = self._absorb("btnr,rnv->btnv", o, w_uv)
-        o = constrain(o, "batch", "time", "heads", None)
-        y = jnp.einsum("btnv,nvd->btd", o, self.w_o[...].astype(o.dtype))
-        return constrain(y, "batch", "time", "width")
+        o = constrain(o, *HEADS)
+        return project("btnv,nvd->btd", o, self.w_o[...], HEADS, WIDTH, wide)
 
     def _absorb(self, equation: str, a: jax.Array, w: jax.Array) -> jax.Array:
         """A product the expanded form does not have: accumulated wide, rounded once."""
@@ -267,12 +270,8 @@ class MLA(Layer):
 
     def __call__(self, x, seq, *, impl=None, rng=None, state=None, shared=None) -> Out:
         self.check(x, seq)
-        q_nope, q_rope, latent, k_rope = self._project(x, seq)
-        y = self._attend(
-            q_nope, q_rope, latent, k_rope, seq.positions, seq.segments, seq.layout, impl,
-            self.config.form(x.shape[1], "train"),
-        )
-        return Out(y)
+        parts, form = self._project(x, seq), self.config.form(x.shape[1], "train")
+        return Out(self._attend(*parts, seq.positions, seq.segments, seq.layout, impl, form))
 
     def init_cache(self, batch, capacity, dtype=None, *, policy=None) -> LatentCache:
         c = self.config

@@ -36,10 +36,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.core.axes import constrain, normal, parameter, zeros
+from attnlab.core.axes import KV_HEADS, WIDTH, constrain, normal, parameter, zeros
 from attnlab.core.cache import KVCache, segments_of
 from attnlab.core.errors import ConfigError
 from attnlab.core.layer import Flops, Mode
+from attnlab.core.linear import project
 from attnlab.core.types import Out
 from attnlab.layers.gqa import GQA, GQAConfig
 
@@ -159,21 +160,26 @@ class SQA(GQA):
 
     def _project(self, x, seq):
         q, k, v = super()._project(x, seq)
-        q = jnp.tile(q, (1, 1, self.config.M // self.config.num_heads, 1))
-        return constrain(q, "batch", "time", self._axis, None), k, v
+        if self._axis == "kv_heads":  # wide: the gradient of a copied head is a sum over devices
+            c = self.config
+            copies = jnp.tile(q.astype(c.precision.softmax), (1, 1, c.M // c.num_heads, 1))
+            q = constrain(copies.astype(q.dtype), *KV_HEADS)
+        return q, k, v
 
     def _finish(self, x, seq, q, k, v, positions, segments, layout, impl) -> jax.Array:
-        c = self.config
+        c, heads = self.config, ("batch", "time", self._axis, None)
+        wide = c.precision.softmax
         o = self._mix_values(q, k, v, positions, segments, layout, impl)
         if c.gate:
-            g = jnp.einsum("btd,dmv->btmv", x.astype(o.dtype), self.w_g[...].astype(o.dtype))
+            g = project("btd,dmv->btmv", x.astype(o.dtype), self.w_g[...], WIDTH, heads, wide)
             o = jax.nn.sigmoid(g) * o
-        o = constrain(o, "batch", "time", self._axis, None)
-        y = jnp.einsum("btmv,mvd->btd", o, self.w_o[...].astype(o.dtype))
+        o = constrain(o, *heads)
+        y = project("btmv,mvd->btd", o, self.w_o[...], heads, WIDTH, wide)
         if c.out_bias:
             real = (segments_of(seq) > 0)[..., None]
-            y = y + jnp.where(real, self.b_o[...].astype(o.dtype), 0)
-        return constrain(y, "batch", "time", "width")
+            b = jnp.where(real, self.b_o[...].astype(wide), 0)
+            y = (y.astype(wide) + b).astype(o.dtype)
+        return constrain(y, *WIDTH)
 
     def __call__(self, x, seq, *, impl=None, rng=None, state=None, shared=None) -> Out:
         self.check(x, seq)

@@ -99,6 +99,7 @@ def _chunked(hidden, table, targets, weights, vocab_size, z_loss):
 def _chunked_fwd(hidden, table, targets, weights, vocab_size, z_loss):
     cast = table.astype(hidden.dtype)
     wide = _wide(hidden.dtype)
+    over = wide if shards("vocab", table.shape[0]) > 1 else None  # a sum over devices
 
     def body(carry, row):
         total, nll, d_table = carry
@@ -107,7 +108,7 @@ def _chunked_fwd(hidden, table, targets, weights, vocab_size, z_loss):
         p = jnp.exp(z - lse[..., None])
         d = p * (1 + 2 * z_loss * lse)[..., None] - jax.nn.one_hot(y, z.shape[-1], dtype=wide)
         d = (d * w[..., None]).astype(h.dtype)
-        d_h = jnp.einsum("pbcv,vd->pbcd", d, cast)
+        d_h = jnp.einsum("pbcv,vd->pbcd", d, cast, preferred_element_type=over).astype(h.dtype)
         here = jnp.einsum("pbcv,pbcd->pvd", d, h, preferred_element_type=wide)
         d_table = constrain(d_table + here, "batch", "vocab", "width")
         return (total + part, nll + part_nll, d_table), d_h

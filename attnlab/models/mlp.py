@@ -7,8 +7,11 @@ import math
 import jax
 from flax import nnx
 
-from attnlab.core.axes import constrain, normal, parameter
+from attnlab.core.axes import WIDTH, constrain, normal, parameter
+from attnlab.core.linear import project
 from attnlab.core.types import Precision
+
+HIDDEN = ("batch", "time", "mlp")
 
 
 class SwiGLU(nnx.Module):
@@ -22,11 +25,12 @@ class SwiGLU(nnx.Module):
         self.w_down = parameter(rngs, normal(std), (hidden, dim), ("mlp", "embed"), dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        compute = self.precision.compute
-        x = x.astype(compute)
-        gate, up = (x @ w[...].astype(compute) for w in (self.w_gate, self.w_up))
-        hidden = constrain(jax.nn.silu(gate) * up, "batch", "time", "mlp")
-        return constrain(hidden @ self.w_down[...].astype(compute), "batch", "time", "width")
+        x, wide = x.astype(self.precision.compute), self.precision.softmax
+        gate, up = (
+            project("btd,df->btf", x, w[...], WIDTH, HIDDEN, wide) for w in (self.w_gate, self.w_up)
+        )
+        hidden = constrain(jax.nn.silu(gate) * up, *HIDDEN)
+        return project("btf,fd->btd", hidden, self.w_down[...], HIDDEN, WIDTH, wide)
 
 
 def swiglu_flops(tokens: int, dim: int, hidden: int) -> float:

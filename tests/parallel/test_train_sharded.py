@@ -71,6 +71,26 @@ def test_meshes(name, root):
             assert_close(*found[label], 2e-5)
 
 
+@pytest.mark.devices8
+@pytest.mark.parametrize("name", ["gqa", "sqa", "mla", "cca"])
+def test_sums_over_devices_are_fp32(name, root, tmp_path):
+    """Activations are bf16, yet nothing is added up over devices in it, forward or backward."""
+    flags = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+        f"--xla_dump_to={tmp_path} --xla_dump_hlo_pass_re=spmd.* --xla_dump_hlo_as_text"
+    )
+    env = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    script, mesh = str(SCRIPT.with_name("bf16_sums.py")), "data=2,fsdp=2,tensor=2"
+    done = subprocess.run(
+        [sys.executable, script, name, mesh, str(tmp_path)], env=env,
+        capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found.get("f32", [])) > 20, "the program was not found"
+    assert "bf16" not in found, found["bf16"]
+
+
 # The tables and the arithmetic of meshes need no devices.
 
 
