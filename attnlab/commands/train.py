@@ -53,6 +53,10 @@ SHORTS: dict[str, tuple[Short, ...]] = {
         _count("--accumulate", "train.accumulate", "microbatches a step"),
         _count("--seed", "train.seed", "of initialisation and data order", "data.seed"),
     ),
+    "start": (
+        Short("--init-from", ("train.init_from",), "start from the weights of another run",
+              {"metavar": "RUN"}),
+    ),
     "hardware": (
         Short("--mesh", ("train.mesh",), "such as data=2,fsdp=2,tensor=2; -1 takes the rest",
               {"metavar": "AXES"}),
@@ -100,7 +104,6 @@ def _run_folder_arguments(parser: Parser) -> None:
         "with RECIPE that must be the recipe, and is started where no run is yet",
     )
     start.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    folder.add_argument("--init-from", metavar="RUN", help="start from the weights of another run")
     watch = parser.add_argument_group("watching")
     watch.add_argument("--profile", type=span, metavar="START:STOP", help="steps to trace")
     watch.add_argument("--tb", action="store_true", help="log to TensorBoard (attnlab[tb])")
@@ -121,13 +124,11 @@ def overrides(args: Args) -> list[str]:
 
 
 def run(args: Args) -> int:
-    for flag in ("attention", "init_from"):
-        if args.resume and not args.recipe and getattr(args, flag):
-            name = flag.replace("_", "-")
-            raise ConfigError(
-                f"--resume with --{name}", "a run goes on as it was started",
-                f"drop --{name}, name the RECIPE too, or start another run with --out",
-            )
+    if args.resume and not args.recipe and args.attention:
+        raise ConfigError(
+            "--resume with --attention", "a run goes on as it was started",
+            "drop --attention, name the RECIPE too, or start another run with --out",
+        )
     from attnlab.train import recipe as recipes
 
     own = args.resume and not args.recipe  # go on under the recipe in the run folder
@@ -141,7 +142,7 @@ def run(args: Args) -> int:
     wanted = tuple(name for name in ("tb", "wandb") if getattr(args, name))
     return loop.run(
         recipe, _out(args), overrides(args), resume=args.resume, overwrite=args.overwrite,
-        init_from=args.init_from, profile=args.profile, trackers_wanted=wanted, plain=args.plain,
+        profile=args.profile, trackers_wanted=wanted, plain=args.plain,
     )
 
 

@@ -7,9 +7,11 @@ on restore, so a damaged file is found even where the storage format would not n
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
+import sys
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from attnlab.core.errors import CheckpointError
+from attnlab.core.errors import CheckpointError, ConfigError
 from attnlab.parallel import processes
 from attnlab.train.state import Trainer, TrainState
 
@@ -95,6 +97,19 @@ def absolute(path: str | epath.Path) -> epath.Path:
     return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
+def run_folder(path: str) -> epath.Path:
+    """The folder of a run; ConfigError where no package here serves its scheme."""
+    try:
+        folder = epath.Path(path)
+        folder.exists()
+    except (ImportError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"run folder {path}", f"no file system serves it ({_short(error)})",
+            'pip install "attnlab[gcs]" for gs://, or name a local folder',
+        ) from None
+    return folder
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -156,8 +171,18 @@ class Checkpoints:
         self._manager.close()
 
     def meta(self, step: int) -> dict:
-        """The meta record of one checkpoint."""
-        return self._json(step, "meta")
+        """The meta record of one checkpoint, complete and of this version's format."""
+        meta = self._json(step, "meta")
+        missing = {"format", "layout", "checksums", "shapes"} - set(meta)
+        if missing:
+            raise ValueError(f"its meta record lacks {', '.join(sorted(missing))}")
+        if meta["format"] != FORMAT or meta["layout"] != LAYOUT:
+            raise CheckpointError(
+                f"checkpoint {step} has format {meta['format']}, layout {meta['layout']!r}",
+                f"this version reads format {FORMAT}, layout {LAYOUT!r}",
+                "read it with the version of attnlab that wrote it (its meta record names it)",
+            )
+        return meta
 
     def restore(self, trainer: Trainer, report=print):
         """``(state, data, meta)`` of the newest good checkpoint.
@@ -197,23 +222,22 @@ class Checkpoints:
     # The handlers are called without orbax's Checkpointer around them: it waits for all processes
     # after reading, for ever if one of them could not read.
     def _json(self, step: int, item: str) -> dict:
-        return ocp.JsonCheckpointHandler().restore(
+        record = ocp.JsonCheckpointHandler().restore(
             self.directory / str(step) / item, ocp.args.JsonRestore()
         )
+        if not isinstance(record, dict):
+            raise ValueError(f"its {item} record is no JSON object")
+        return record
 
     def _restore(self, trainer: Trainer, step: int):
-        meta = self.meta(step)
-        if meta.get("format") != FORMAT or meta.get("layout") != LAYOUT:
-            raise CheckpointError(
-                f"checkpoint {step} has format {meta.get('format')}, layout {meta.get('layout')!r}",
-                f"this version reads format {FORMAT}, layout {LAYOUT!r}",
-                "convert it with `attnlab convert`",
-            )
+        meta, data = self.meta(step), self._json(step, "data")
+        if "step" not in data:
+            raise ValueError("its data record lacks step")
         like = trainer.abstract_state()
         flat = ocp.StandardCheckpointHandler().restore(
             self.directory / str(step) / "state", args=ocp.args.StandardRestore(flatten(like))
         )
-        return unflatten(flat, like), self._json(step, "data"), meta
+        return unflatten(flat, like), data, meta
 
     def _wrong(self, found, trainer: Trainer) -> list[str]:
         state, _, meta = found
@@ -234,36 +258,63 @@ class Checkpoints:
         self._manager = self._open()
 
 
-def restore_weights(
-    directory: str | epath.Path, trainer: Trainer, step: int | None = None
-) -> tuple[Any, list]:
-    """``(params, layers)`` of a checkpoint, checked, in ``trainer``'s shardings.
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
 
-    ``layers`` is the explicit state of the layers, as in ``TrainState``.
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a checkpoint holds for running a model: parameters, explicit state of its layers."""
+
+    params: Any
+    layers: list
+    step: int
+    meta: dict
+
+
+def restore_weights(
+    directory: str | epath.Path, trainer: Trainer, step: int | None = None, report=_to_stderr
+) -> Weights:
+    """The weights of checkpoint ``step``, or of the newest good one, in ``trainer``'s shardings.
+
+    Damaged ones are reported and passed over. Raises CheckpointError where ``step`` is damaged,
+    none can be read, or they are of another model.
     """
     directory = absolute(directory)
     if not directory.exists():
         raise CheckpointError(f"{directory}", "does not exist", "pass the folder of a run")
     checkpoints = Checkpoints(directory, read_only=True)
     steps = checkpoints.steps()
-    if step is None and steps:
-        step = steps[-1]
-    if step not in steps:
+    if not steps or step not in (None, *steps):
         raise CheckpointError(
             f"{directory}", f"has no checkpoint {'' if step is None else step} (found {steps})",
             "pass the folder of a run, or another --step",
         )
-    abstract = trainer.abstract_state()
-    like = _weights(abstract)
+    for candidate in reversed(steps) if step is None else [step]:
+        weights, reason = _read_weights(checkpoints, trainer, candidate)
+        if weights is not None:
+            return weights
+        if step is None:
+            report(f"warning: checkpoint {candidate} in {directory} is damaged: {reason}")
     others = [s for s in steps if s != step]
-    fix = f"use an older one of {others}" if others else "there is no other one"
-    restored, reason = None, ""
+    raise CheckpointError(
+        f"checkpoint {step} in {directory}" if step else f"{directory}",
+        f"is damaged: {reason}" if step else f"every checkpoint ({steps}) is damaged",
+        f"use another one of {others}" if step and others else "there is no other one",
+    )
+
+
+def _read_weights(
+    checkpoints: Checkpoints, trainer: Trainer, step: int
+) -> tuple[Weights | None, str]:
+    """``(weights, "")``, or ``(None, reason)`` of a damaged checkpoint."""
+    abstract = trainer.abstract_state()
+    like, restored, meta, reason = _weights(abstract), None, {}, "another process cannot read it"
     try:
         meta = checkpoints.meta(step)
-        stored = meta["checksums"]
-        _check_shapes(meta["shapes"], like, directory, step)
+        _check_shapes(meta["shapes"], like, checkpoints.directory, step)
         restored = ocp.PyTreeCheckpointHandler().restore(
-            directory / str(step) / "state",
+            checkpoints.directory / str(step) / "state",
             args=ocp.args.PyTreeRestore(
                 item=like,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -272,20 +323,16 @@ def restore_weights(
         )
     except CheckpointError:
         raise
-    except Exception as error:
+    except Exception as error:  # orbax, tensorstore and zlib have no common one
         reason = _short(error)
     if not processes.all_agree(restored is not None):
-        raise CheckpointError(
-            f"checkpoint {step} in {directory}",
-            f"is damaged: {reason or 'another process cannot read it'}", fix,
-        )
+        return None, reason
     found = checksums(restored, trainer.replicated)
-    wrong = [name for name, value in found.items() if stored.get(name) != value]
+    wrong = [name for name, value in found.items() if meta["checksums"].get(name) != value]
     if wrong:
-        raise CheckpointError(
-            f"checkpoint {step} in {directory}", f"is damaged: {wrong[0]} fails its checksum", fix
-        )
-    return restored["params"], _from_paths(restored.get("layers", {}), abstract.layers)
+        return None, f"{wrong[0]} fails its checksum"
+    layers = _from_paths(restored.get("layers", {}), abstract.layers)
+    return Weights(restored["params"], layers, step, meta), ""
 
 
 def _shapes(tree: Any) -> dict[str, list[int]]:

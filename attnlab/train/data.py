@@ -173,18 +173,44 @@ def eval_batches(
     batch: int,
     shard_index: int = 0,
     shard_count: int = 1,
-    max_batches: int | None = None,
+    limit: int | None = None,
 ) -> Iterator[Row]:
     """Each row once, in order, dict of [B / shard_count, T]; the last batch is filled with padding.
 
-    ``max_batches`` stops early. Shards take rows as in ``make_loader``.
+    ``limit``: that many rows instead, spread evenly over all. Shards take rows as in
+    ``make_loader``.
     """
     _check_shards(batch, shard_index, shard_count)
-    count = -(-len(rows) // batch)
-    for t in range(count if max_batches is None else min(count, max_batches)):
-        places = range(t * batch + shard_index, (t + 1) * batch, shard_count)
-        local = [rows[i] if i < len(rows) else rows.empty_row() for i in places]
+    chosen = _spread(len(rows), limit)
+    for start in range(0, len(chosen), batch):
+        places = range(start + shard_index, start + batch, shard_count)
+        local = [rows[chosen[i]] if i < len(chosen) else rows.empty_row() for i in places]
         yield {key: np.stack([row[key] for row in local]) for key in local[0]}
+
+
+def bytes_per_token(
+    rows: PackedRows, tokenizer: Tokenizer, limit: int | None = None
+) -> float | None:
+    """UTF-8 bytes per target of the rows that ``eval_batches`` takes; None where unknown.
+
+    Of chosen rows the targets are decoded; a character cut by the end of a row counts as three.
+    """
+    chosen = _spread(len(rows), limit)
+    if len(chosen) == len(rows) or rows.text_bytes is None:
+        return rows.bytes_per_token
+    size = count = 0
+    for i in chosen:
+        targets = rows[i]["targets"][rows[i]["loss_mask"] > 0]
+        text = targets[targets != tokenizer.bos]
+        bytes_ = len(text) if tokenizer.name == "bytes" else len(tokenizer.decode(text).encode())
+        size, count = size + bytes_, count + len(targets)
+    return size / count
+
+
+def _spread(count: int, limit: int | None) -> list[int]:
+    """``limit`` of ``count`` places at even distances, all where there is no limit."""
+    taken = count if limit is None else min(limit, count)
+    return [i * count // taken for i in range(taken)]
 
 
 def _check_enough(rows: PackedRows, batch: int) -> None:

@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import jax
-from etils import epath
 
 from attnlab.core import config as configs
 from attnlab.core import registry
@@ -22,14 +21,14 @@ from attnlab.parallel import processes
 from attnlab.parallel.feed import batch_shard, place
 from attnlab.train import checkpoint, metrics, trackers
 from attnlab.train import recipe as recipes
-from attnlab.train.data import eval_batches, make_loader
+from attnlab.train.data import bytes_per_token, eval_batches, make_loader
 from attnlab.train.progress import Reporter, describe
 from attnlab.train.recipe import Recipe
 from attnlab.train.setup import Run, prepare
 
 MAX_STREAK = 10
 _OWN_FILES = (
-    "config.json", "metrics.jsonl", "loss.png", "sample.txt", "checkpoints", "tb", "profile",
+    "config.json", "metrics.jsonl", "loss.png", "sample.txt", "tb", "profile", "checkpoints",
 )
 # What may differ when a run goes on: how far, where and how often. The text may have moved: its
 # fingerprint and the tokenizer's are compared instead. A new number of steps moves the end of the
@@ -44,47 +43,46 @@ _MAY_CHANGE = (
 
 def run(
     recipe: Recipe | None, out: str, overrides: list[str] | None = None, *, resume: bool = False,
-    overwrite: bool = False, init_from: str | None = None,
-    profile: tuple[int, int] | None = None, trackers_wanted: tuple[str, ...] = (),
-    plain: bool = False,
+    overwrite: bool = False, profile: tuple[int, int] | None = None,
+    trackers_wanted: tuple[str, ...] = (), plain: bool = False,
 ) -> int:
     """Train, and return the exit code.
 
     Args:
         recipe: what to run; None with ``resume`` (then the stored one, changed by ``overrides``).
         out: run folder, local or remote. resume: go on from its newest good checkpoint.
-        overwrite: replace the run that is there. init_from: a run folder to take weights from.
-        profile: steps to trace into ``out/profile``. trackers_wanted: "tb", "wandb".
+        overwrite: replace the run that is there. profile: steps to trace into ``out/profile``.
+        trackers_wanted: "tb", "wandb".
         plain: no progress bar.
     """
     processes.start()
-    folder = epath.Path(out)
+    folder = checkpoint.run_folder(out)
     recipe, before = _choose_recipe(recipe, folder, overrides or [], resume)
     if before is None and not overwrite:
         _refuse_taken(folder)
+    if profile and profile[0] > recipe.train.steps:
+        raise ConfigError(
+            f"--profile {profile[0]}:{profile[1]}", f"the run has {recipe.train.steps} steps",
+            "name steps it takes",
+        )
     trackers.check_installed(trackers_wanted)
     reporter = Reporter(recipe.train.steps, first=processes.is_first(), plain=plain)
     try:
         with _Stop() as stop:
             prepared = prepare(recipe, reporter.say)
             weights = None
-            if init_from is not None and before is not None and _has_checkpoint(folder):
-                reporter.say(f"--init-from {init_from} left out: the run has its own checkpoint")
-            elif init_from is not None:
-                weights, _ = checkpoint.restore_weights(
-                    epath.Path(init_from) / "checkpoints", prepared.trainer
-                )
-                reporter.say(f"weights from {init_from}")
-            # Whatever can be wrong has been found by now: only from here on the folder changes.
+            if recipe.train.init_from is not None and not (before and _has_checkpoint(folder)):
+                weights = checkpoint.restore_weights(
+                    checkpoint.run_folder(recipe.train.init_from) / "checkpoints",
+                    prepared.trainer, report=reporter.say,
+                ).params
+                reporter.say(f"weights from {recipe.train.init_from}")
+            prepared.trainer.trace(recipe.train.batch, recipe.train.seq_len)
+            # What can be wrong has been found by now: only from here on the folder changes.
             if before is None:
-                _claim(folder)
-            if before is not None and before.train.steps != recipe.train.steps:
-                reporter.say(
-                    f"train.steps = {recipe.train.steps} instead of {before.train.steps}: from "
-                    f"here on the learning rates of a run of {recipe.train.steps} steps"
-                )
+                _claim(folder, recipe)
             return _Session(
-                prepared, folder, reporter, before is not None, weights, profile, trackers_wanted
+                prepared, folder, reporter, before, weights, profile, trackers_wanted
             ).run(stop)
     finally:
         reporter.stop()
@@ -117,15 +115,20 @@ def _refuse_taken(folder) -> None:
         )
 
 
-def _claim(folder) -> None:
-    """Make the folder, and remove what another run left in it."""
+def _claim(folder, recipe: Recipe) -> None:
+    """Make the folder, and put the recipe in the place of what another run left in it.
+
+    A kill at any point leaves a folder that --resume or --overwrite accepts: the checkpoints go
+    first, and config.json is there before anything of the new run is.
+    """
     processes.barrier("attnlab_folder_checked")
     if processes.is_first():
-        for name in _OWN_FILES:
+        for name in reversed(_OWN_FILES):
             path = folder / name
-            if path.exists():
+            if path.exists() and name != "config.json":
                 path.rmtree() if path.is_dir() else path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
+        _store(folder, recipe)
     processes.barrier("attnlab_folder_ready")
 
 
@@ -181,7 +184,7 @@ class _Pending:
 
 
 class _Session:
-    def __init__(self, run: Run, folder, reporter, resume, weights, profile, wanted):
+    def __init__(self, run: Run, folder, reporter, before, weights, profile, wanted):
         self.run_, self.folder, self.reporter = run, folder, reporter
         self.recipe, self.trainer = run.recipe, run.trainer
         self.config = run.recipe.train
@@ -194,13 +197,27 @@ class _Session:
         self.loader = make_loader(
             run.train_rows, batch=self.config.batch, seed=self.recipe.data.seed, **self.shard
         )
-        self.state = self._start(resume, weights)
+        self.state = self._start(before is not None, weights)
         self.start = int(self.state.step)
-        if self.first:
-            _store(folder, self.recipe)
+        if before is not None:
+            self._go_on(before)
+        self.bytes_per_token = bytes_per_token(
+            run.val_rows, run.tokenizer, self.config.eval_rows or None
+        )
         self.trackers = self._open_trackers(wanted)
         self.pending: collections.deque[_Pending] = collections.deque()
         self.clock: tuple[float, int] | None = None  # when and at which step the last row was
+
+    def _go_on(self, before: Recipe) -> None:
+        """From here on the run is that of the new recipe."""
+        steps = self.config.steps
+        if before.train.steps != steps:
+            self.reporter.say(
+                f"train.steps = {steps} instead of {before.train.steps}: from here on the "
+                f"learning rates of a run of {steps} steps"
+            )
+        if self.first:
+            _store(self.folder, self.recipe)
 
     def _start(self, resume: bool, weights):
         if resume and self.checkpoints.steps():
@@ -265,6 +282,8 @@ class _Session:
                 tracker.close()
         self.checkpoints.close()
         self.reporter.stop()
+        if self.profile:
+            self.reporter.say(f"no step of --profile {self.profile[0]}:{self.profile[1]} was taken")
         if stopped:
             self.reporter.say(
                 f"SIGTERM: saved step {step} in {self.folder}; go on with "
@@ -334,12 +353,13 @@ class _Session:
             self.clock = (self.clock[0] + time.monotonic() - started, self.clock[1])
 
     def _validate(self) -> dict:
-        rows, c = self.run_.val_rows, self.config
-        limit = -(-c.eval_rows // c.batch) if c.eval_rows else None
-        batches = eval_batches(rows, c.batch, max_batches=limit, **self.shard)
+        batches = eval_batches(
+            self.run_.val_rows, self.config.batch, limit=self.config.eval_rows or None,
+            **self.shard,
+        )
         result = evaluate(
             self.trainer, self.state.params, batches, layers=self.state.layers,
-            bytes_per_token=rows.bytes_per_token,
+            bytes_per_token=self.bytes_per_token,
         )
         return {"val_loss": result.nats_per_token, "val_bits_per_byte": result.bits_per_byte}
 
@@ -363,6 +383,7 @@ class _Session:
             jax.profiler.stop_trace()
             self._tracing = False
             self.reporter.say(f"trace written to {self.folder / 'profile'} (open it with xprof)")
+            self.profile = None
 
     def _finish(self) -> None:
         """Plot, sample and what to try next."""

@@ -29,6 +29,7 @@ class TrainConfig:
         log_every, eval_every, checkpoint_every: steps (0 = only at the end).
         eval_rows: validation rows an evaluation, 0 = all of them. keep: checkpoints kept.
         sample_tokens: tokens generated when the run ends, 0 = none.
+        init_from: run folder whose weights (alone) the run starts from, None = random.
     """
 
     steps: int
@@ -44,6 +45,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     keep: int = 3
     sample_tokens: int = 200
+    init_from: str | None = None
 
     def __post_init__(self):
         for name, least in (

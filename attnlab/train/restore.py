@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from etils import epath
-
 from attnlab.core import config as configs
 from attnlab.core.errors import CheckpointError
 from attnlab.data.tokenizer import Tokenizer, load_tokenizer
 from attnlab.train import recipe as recipes
-from attnlab.train.checkpoint import Checkpoints, restore_weights
+from attnlab.train.checkpoint import Checkpoints, restore_weights, run_folder
 from attnlab.train.recipe import Recipe
 from attnlab.train.setup import make_trainer
 from attnlab.train.state import Trainer
@@ -31,11 +29,12 @@ class LoadedRun:
 
 
 def load_run(path: str, step: int | None = None) -> LoadedRun:
-    """Open run folder ``path`` at ``step`` (default: its newest checkpoint) on this machine.
+    """Open run folder ``path`` at ``step`` (default: its newest good checkpoint) on this machine.
 
-    Raises CheckpointError if there is no run, no such checkpoint, or the checkpoint is damaged.
+    Raises CheckpointError if there is no run, no such checkpoint, a damaged one, or the tokenizer
+    is no longer the one of the run.
     """
-    folder = epath.Path(path)
+    folder = run_folder(path)
     if not (folder / "config.json").exists():
         raise CheckpointError(
             f"{path}", "is not the folder of a run (no config.json)",
@@ -44,14 +43,18 @@ def load_run(path: str, step: int | None = None) -> LoadedRun:
     recipe = recipes.from_json(str(folder / "config.json"))
     recipe = configs.override(recipe, ["train.mesh=None"])
     trainer = make_trainer(recipe)
-    checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
-    steps = checkpoints.steps()
-    if not steps:
+    if not Checkpoints(folder / "checkpoints", read_only=True).steps():
         raise CheckpointError(
             f"{path}", "holds no complete checkpoint yet", "let the run reach its first checkpoint"
         )
-    chosen = steps[-1] if step is None else step
-    params, layers = restore_weights(folder / "checkpoints", trainer, chosen)
-    meta = checkpoints.meta(chosen)
+    found = restore_weights(folder / "checkpoints", trainer, step)
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.bos_token)
-    return LoadedRun(recipe, trainer, params, layers, tokenizer, meta["fingerprint"], chosen)
+    if tokenizer.fingerprint != found.meta["tokenizer"]:
+        raise CheckpointError(
+            f"tokenizer {recipe.data.tokenizer} has fingerprint {tokenizer.fingerprint}",
+            f"the run was trained with {found.meta['tokenizer']}", "put its tokenizer file back",
+        )
+    return LoadedRun(
+        recipe, trainer, found.params, found.layers, tokenizer, found.meta["fingerprint"],
+        found.step,
+    )

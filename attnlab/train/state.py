@@ -83,6 +83,18 @@ class Trainer:
         with sharding(self.mesh, self.rules):
             return jax.jit(create, out_shardings=self.state_shardings)(jax.random.key(seed))
 
+    def abstract_batch(self, batch: int, seq_len: int) -> Batch:
+        """Shapes, dtypes and shardings of the batches of a step."""
+        dtypes = dict.fromkeys(("tokens", "targets", "positions", "segments"), jnp.int32)
+        return {
+            name: jax.ShapeDtypeStruct((batch, seq_len), dtype, sharding=self.batch_sharding)
+            for name, dtype in (dtypes | {"loss_mask": jnp.float32}).items()
+        }
+
+    def trace(self, batch: int, seq_len: int) -> None:
+        """Raise what the first step would refuse, without compiling it (the trace is kept)."""
+        self.step.trace(self.abstract_state(), self.abstract_batch(batch, seq_len))
+
     def module(self, params: Any) -> Decoder:
         """The decoder around ``params``."""
         return versions.merge_module(self.graphdef, params)

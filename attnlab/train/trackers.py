@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from typing import Any
 
 from etils import epath
@@ -45,14 +46,26 @@ class JsonLines:
 
 
 def read(path: epath.Path | str) -> list[Row]:
-    """The complete rows of a ``metrics.jsonl`` (a line cut by a kill is left out)."""
+    """The complete rows of a ``metrics.jsonl``.
+
+    A last line cut by a kill is left out; any other damaged line is, with a warning.
+    """
     path = epath.Path(path)
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n") and line.strip():
-            rows.append(json.loads(line))
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n") or not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        else:
+            warnings.warn(f"attnlab: {path}, line {number} is damaged: left out", stacklevel=2)
     return rows
 
 

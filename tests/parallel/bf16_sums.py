@@ -14,9 +14,6 @@ import pathlib
 import re
 import sys
 
-import jax
-import jax.numpy as jnp
-
 from attnlab.core.registry import build_config
 from attnlab.core.types import Precision
 from attnlab.models.decoder import DecoderConfig
@@ -40,14 +37,7 @@ def main(name: str, mesh: str, folder: str) -> dict[str, list[str]]:
         vocab_size=64, period=(layer,), repeats=2, mlp_dim=32, precision=precision, scan=False
     )
     t = Trainer(model, OptimizerConfig(), 10, make_mesh(mesh), RULES)
-    batch = {
-        key: jax.ShapeDtypeStruct((8, 8), dtype, sharding=t.batch_sharding)
-        for key, dtype in (
-            ("tokens", jnp.int32), ("targets", jnp.int32), ("positions", jnp.int32),
-            ("segments", jnp.int32), ("loss_mask", jnp.float32),
-        )
-    }
-    t.step.lower(t.abstract_state(), batch).compile()
+    t.step.lower(t.abstract_state(), t.abstract_batch(8, 8)).compile()
     dumps = [p for p in pathlib.Path(folder).iterdir() if "after_spmd-partitioning" in p.name]
     text = max(dumps, key=lambda p: p.stat().st_size).read_text()
     found: dict[str, list[str]] = {}

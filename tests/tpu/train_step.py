@@ -14,7 +14,6 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no cloud metadata server to ask
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # tests run side by side
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
 from attnlab.core import dispatch
@@ -46,14 +45,8 @@ def main(topology: str, mesh_text: str, name: str) -> dict:
     mesh = make_mesh(mesh_text, devices)
     target = dispatch.Device("tpu", devices[0].device_kind)
     trainer = Trainer(model, OptimizerConfig(), 10, mesh, RULES, layout="packed")
-    batch = {
-        key: jax.ShapeDtypeStruct((8, 512), dtype, sharding=trainer.batch_sharding)
-        for key, dtype in dict.fromkeys(
-            ("tokens", "targets", "positions", "segments"), jnp.int32
-        ).items() | {"loss_mask": jnp.float32}.items()
-    }
     with dispatch.compiling_for(target), dispatch.recording() as rows, jax.set_mesh(mesh):
-        lowered = trainer.step.lower(trainer.abstract_state(), batch)
+        lowered = trainer.step.lower(trainer.abstract_state(), trainer.abstract_batch(8, 512))
     compiled = lowered.compile()
     return {
         "attention": sorted({impl for op, _, impl in rows if op == "attention"}),

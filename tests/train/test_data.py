@@ -438,7 +438,7 @@ def test_eval_batches(rows, shards):
     assert len(got) == 40 and all(b["tokens"].shape == (8 // shards, 4) for b in parts[0])
     assert sum(b["loss_mask"].sum() for part in parts for b in part) == rows.num_targets
     assert not any(any(r) for r in got[len(rows) :])
-    assert len(list(eval_batches(rows, 8, max_batches=2))) == 2
+    assert len(list(eval_batches(rows, 8, limit=16))) == 2
     assert len(list(eval_batches(rows, 64))) == 1
 
 

@@ -158,6 +158,9 @@ DAMAGE = {
     "no meta": lambda s: (s / "meta" / "metadata").unlink(),
     "cut meta": lambda s: (s / "meta" / "metadata").write_text("{"),
     "no data": lambda s: shutil.rmtree(s / "data"),
+    "empty meta": lambda s: (s / "meta" / "metadata").write_text("{}"),
+    "half a meta": lambda s: (s / "meta" / "metadata").write_text('{"format": 1}'),
+    "data of another kind": lambda s: (s / "data" / "metadata").write_text("[]"),
 }
 
 
@@ -201,11 +204,47 @@ def test_all_damaged(cut, capsys):
         refused(capsys, cut, says=("every checkpoint ([4, 8]) is damaged", "--overwrite"))
 
 
-def test_reading_a_damaged_checkpoint(cut, capsys):
-    flip(cut / "checkpoints" / "8")
-    assert cli.main(["generate", str(cut), "--prompt", "x", "--tokens", "1"]) == 1
+@pytest.mark.parametrize("how", ["flip", "lie", "half a meta", "no state"])
+def test_reading_past_a_damaged_checkpoint(how, cut, capsys):
+    """The newest good one is read and the other one reported, unless it is asked for by name."""
+    DAMAGE[how](cut / "checkpoints" / "8")
+    argv = ["generate", str(cut), "--prompt", "x", "--tokens", "2", "--greedy"]
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "warning: checkpoint 8 in " in err and "is damaged" in err
+    assert cli.main([*argv, "--step", "4"]) == 0 and capsys.readouterr().out == out
+    assert cli.main([*argv, "--step", "8"]) == 1
     (error,) = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error: ")]
     assert "checkpoint 8 in " in error and "is damaged" in error and "[4]" in error
+    assert saved(cut) == [4, 8], "reading changes nothing"
+
+
+def test_a_damaged_row(whole, cut, capsys):
+    path = cut / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], '{"step": 16, "los\n', *lines[3:]]))
+    assert resume(cut) == 0
+    assert "note: " in (err := capsys.readouterr().err) and "line 4 is damaged: left out" in err
+    assert_whole(cut, whole)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_at_the_start(overwrite, whole, data, tmp_path, monkeypatch):
+    """As soon as there is a folder, it can be resumed; with --overwrite under the new recipe."""
+    from attnlab.train import checkpoint
+
+    out = tmp_path / "run"
+    if overwrite:
+        assert cli.main(command(data, out, "--seed", "7", steps=4)) == 0
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint.Checkpoints, "_open", killed)  # the first that touches the folder
+        assert cli.main(command(data, out, *["--overwrite"] * overwrite)) == 130
+    assert resume(out) == 0
+    assert_whole(out, whole)
 
 
 # What may not change.

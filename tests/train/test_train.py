@@ -130,6 +130,8 @@ def test_a_run_is_never_overwritten(finished, data, capsys):
     one_line(
         capsys, 1, command(data, out, "--overwrite", "--init-from", "/nowhere"), "/nowhere"
     )
+    one_line(capsys, 2, command(data, out, "--overwrite", "--impl", "cudnn"), "cudnn: runs on")
+    one_line(capsys, 2, command(data, out, "--overwrite", "--profile", "13:14"), "has 12 steps")
     assert snapshot(out) == before
 
 
@@ -149,9 +151,16 @@ def test_a_run_that_cannot_start_leaves_nothing(data, tmp_path, capsys):
         (["--mesh", "data=2,fsdp=-1"], "a multiple of 2 devices"),
         (["--accumulate", "3"], "must be a multiple of accumulate = 3"),
         (["--set", "model.vocab_size=100"], "model.vocab_size"),
+        (["--impl", "foo"], "impl = 'foo'"),
     ):
         one_line(capsys, 2, command(data, out, *more), says)
     assert not out.exists()
+
+
+def test_schemes_without_their_package(data, capsys):
+    for folder in ("gs://bucket/run", "nosuch://x"):
+        for argv in (command(data, folder), ["generate", folder, "--prompt", "x"]):
+            one_line(capsys, 2, argv, folder, "attnlab[gcs]")
 
 
 def test_relative_folder(data, tmp_path, monkeypatch):
@@ -188,6 +197,12 @@ def test_init_from_takes_the_weights_alone(finished, data, tmp_path, capsys):
     first, last = rows(out)[0], rows(source)[-1]
     assert first["step"] == 1 and first["lr"] == rows(source)[0]["lr"], "a new run"
     assert first["loss"] < last["loss"] + 0.7 < rows(source)[0]["loss"], "with trained weights"
+    # A kill before the first checkpoint does not lose them.
+    shutil.copytree(out, tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    argv = ["train", "--resume", "--plain", "--out", str(tmp_path / "killed")]
+    assert cli.main(argv) == 0
+    assert tiny_runs.curve(tmp_path / "killed") == tiny_runs.curve(out)
     other = ["--init-from", str(source), "--set", "model.mlp_dim=32"]
     one_line(
         capsys, 1, command(data, tmp_path / "other", *other), "w_down", "shape [1, 16, 16]",
