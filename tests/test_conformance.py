@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
+from unittest import mock
 
 import cases
 import jax
@@ -23,6 +24,7 @@ from attnlab.core.layer import MAX_DECODE
 from attnlab.core.mask import Coords
 from attnlab.core.types import Out, Seq
 from attnlab.core.versions import merge_module
+from attnlab.ops.attention import xla
 from attnlab.testing import fixtures
 from attnlab.testing.budget import close, close_trees, identical, wide
 from attnlab.testing.fixtures import PACKED, RAGGED, Lab, cut, ones, pack, spans, tokens
@@ -552,6 +554,16 @@ def bf16_budget(s: Subject):
     _within_budget(s, lab, lab.grads(s.x, s.packed, s.dy, impl="reference"))
 
 
+@check(cache=True, once=True)
+def bf16_cached_budget(s: Subject):
+    """Prefill and decode in bf16 with a bf16 cache, against the fp64 oracle."""
+    lab = s.lab.at("bfloat16")
+    y, cache = lab.prefill(s.x[:, :20], cut(s.packed, 0, 20), lab.cache(B, 40))
+    z, _ = lab.decode(s.x[:, 20:], cut(s.packed, 20, T), cache)
+    found = np.concatenate([wide(y), wide(z)], 1)
+    close(found, s.expected[0], dtype="bfloat16", name="prefill and decode")
+
+
 def _within_budget(s: Subject, lab: Lab, reference):
     """The default way against the reference, and the reference against fixed numbers."""
     y, dparams, dx = lab.grads(s.x, s.packed, s.dy)
@@ -570,6 +582,27 @@ def implementations_agree(s: Subject):
     y = s.lab.train(s.x, s.packed, impl="xla")
     close(y, s.reference_grads[0], name="xla against reference")
     close(y, s.packed_grads[0], name="xla against the default")
+
+
+@check(once=True)
+def many_tiles(s: Subject):
+    """The same numbers and gradients when rows and columns span several tiles of the fallback."""
+    with mock.patch.object(xla, "TILE", 8):
+        y, dparams, dx = Lab(s.config, s.lab.params).grads(s.x, s.packed, s.dy, impl="xla")
+    want_y, want_dparams, want_dx = s.reference_grads
+    close(y, want_y, name="output")
+    close_trees(dparams, want_dparams, name="gradient")
+    close(dx, want_dx, kind="gradient", name="gradient of x")
+
+
+@check(cache=True, once=True)
+def many_tiles_of_a_cache(s: Subject):
+    """Slots of several documents, padding left out, unwritten ones: skipped tile by tile."""
+    with mock.patch.object(xla, "TILE", 8):
+        lab = Lab(s.config, s.lab.params)
+        y, cache = lab.walk(s.x[:, :20], cut(s.packed, 0, 20), lab.cache(B, 40), (16, 4))
+        z, _ = lab.decode(s.x[:, 20:], cut(s.packed, 20, T), cache)
+    close(np.concatenate([y, z], 1), s.packed_grads[0], name="prefill and decode")
 
 
 @check(cache=True, once=True)

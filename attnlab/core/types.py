@@ -35,8 +35,9 @@ class Seq:
             at the end; ``"any"``: nothing is promised.
 
     Variants with convolutions or shifts (CCA) take the token before in a segment from the order of
-    the array, so the tokens of a segment must stand there in ascending position. Padding may hold
-    any finite numbers.
+    the array, so the tokens of a segment must stand together there, in ascending position, and a
+    cached row goes on with its last segment or starts a new one. Padding may hold any finite
+    numbers.
     """
 
     positions: Int[Array, "B T"]
