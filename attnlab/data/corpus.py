@@ -42,13 +42,15 @@ class Corpus:
 
     Args:
         fingerprint: 16 hex digits of names, contents and split: equal on every machine that holds
-            the same files. description: one line for logs, says what was left out.
+            the same files. description: one line for logs, says what was left out. files: the
+            keys of the files that were read.
     """
 
     train: list[Document]
     val: list[Document]
     fingerprint: str
     description: str
+    files: frozenset[str] = frozenset()
 
 
 def load_corpus(
@@ -95,7 +97,8 @@ def load_corpus(
     description += f", {size / 1e6:.1f} MB of text" if size else ""
     description += f", {tokens} stored tokens" if tokens else ""
     description = "; ".join([description, *notes])
-    return Corpus([e.doc for e in train], [e.doc for e in val], fingerprint, description)
+    docs = [e.doc for e in train], [e.doc for e in val]
+    return Corpus(*docs, fingerprint, description, frozenset(seen))
 
 
 def _load(data, seen, notes, text_field, token_dtype) -> list[Entry]:
@@ -106,11 +109,10 @@ def _load(data, seen, notes, text_field, token_dtype) -> list[Entry]:
         if is_folder and not embedded:
             files = _take_known(item, files, notes)
         for file in files:
-            key = os.path.realpath(file.path) if file.local else file.path
-            if key in seen:
-                rule = f"comes from both {seen[key]!r} and {item!r}"
+            if file.key in seen:
+                rule = f"comes from both {seen[file.key]!r} and {item!r}"
                 raise DataError(str(file), rule, "name each file once, in data or in val_data")
-            seen[key] = item
+            seen[file.key] = item
             entries += read_entries(file, text_field, token_dtype, is_folder)
     return sorted(entries, key=lambda e: (e.file, e.line, e.digest))
 

@@ -16,6 +16,7 @@ class LocalFiles:
 
     exists, isdir = staticmethod(os.path.exists), staticmethod(os.path.isdir)
     makedirs, open, rm_file = staticmethod(os.makedirs), staticmethod(open), staticmethod(os.remove)
+    mv = staticmethod(os.replace)
     unstrip_protocol = staticmethod(str)
 
     @staticmethod
@@ -75,6 +76,11 @@ class File:
     @property
     def local(self) -> bool:
         return "://" not in self.path
+
+    @property
+    def key(self) -> str:
+        """The same for every path of one file."""
+        return os.path.realpath(self.path) if self.local else self.path
 
     def read(self) -> bytes:
         return read_file(self.path)
