@@ -194,6 +194,15 @@ def test_tokenised_folder_errors(tmp_path, trained):
     (out / "train.bin").write_bytes(whole[:-2])
     with pytest.raises(DataError, match=r"train.bin: 38 bytes are not 20 ids of uint16"):
         load_corpus([str(out)])
+    (out / "train.bin").write_bytes(bytes([whole[0], whole[1], whole[2] ^ 1]) + whole[3:])
+    for item in (out, out / "train.bin"):
+        with pytest.raises(DataError, match=r"train.bin: is damaged or edited: its sha256"):
+            load_corpus([str(item)])
+    (out / "train.bin").unlink()
+    with pytest.raises(DataError, match=r"train.bin: is missing, its meta.json lists it"):
+        load_corpus([str(out)])
+    assert load_corpus([str(out / "val.bin")]).train
+    (out / "train.bin").write_bytes(whole)
     (out / "meta.json").write_text("{")
     with pytest.raises(DataError, match=r"meta.json: is not JSON"):
         load_corpus([str(out)])
