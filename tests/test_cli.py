@@ -456,6 +456,24 @@ def test_generated_text_is_cut_at_stop_words():
     assert generate.cut("abc", []) == "abc"
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_cuts_the_text_of_the_bar_only(width):
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from attnlab.train import progress
+
+    console = Console(width=width, force_terminal=True, no_color=True, soft_wrap=True)
+    bar = Progress(*progress.columns(), console=console)
+    row = {"loss": 3.14, "val_loss": 3.2, "val_bits_per_byte": 1.3, "tokens_per_s": 1e6}
+    bar.add_task("train", total=1_000_000, completed=12_345, text=progress.describe(row))
+    with console.capture() as captured:
+        console.print(bar.get_renderable())
+    line, rest = captured.get().split("\n", 1)
+    assert " 12345/1000000" in line and "-:--:--" in line and "loss 3.1400" in line
+    assert "…" in line and not rest
+
+
 @pytest.mark.parametrize("layout", ["stacked", "unstacked"])
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_convert_writes_parameters(kind, layout, tmp_path):
