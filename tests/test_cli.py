@@ -91,6 +91,19 @@ def test_version(capsys):
         ("explain --shape Q=3", ("--shape Q=3", "B, T, D, N, K, H", "write --shape")),
         ("explain --shape D=30,N=16,K=3", ("num_kv_heads = 3", "must divide", "use one of")),
         ("explain gqaa", ("'gqaa'", "not registered", "use gqa")),
+        ("explain --shape B=²", ("--shape B=²", "LETTER=NUMBER", "write --shape")),
+        ("explain mla --recipe 1b", ("mla with --recipe 1b", "its own layers", "--shape")),
+        ("train --mesh =", ("mesh = '='", "is not AXIS=SIZE", "data=2,fsdp=2")),
+        ("train --profile ²:3", ("'²:3'", "START:STOP", "--help")),
+        ("train --set model.period.²=1", ("model.period.²", "there are 1 entries", "use 0")),
+        ("generate x --prompt a --seed -1", ("--seed -1", "[0, 2**32)", "--seed 0")),
+        (f"generate x --prompt a --seed {2**80}", ("--seed 1208", "[0, 2**32)", "--seed 0")),
+        ("generate x --prompt a\udcff", (r"--prompt 'a\udcff'", "not valid UTF-8", "pass UTF-8")),
+        ("generate x --prompt a --stop=", ("--stop ''", "every text", "token id")),
+        ("bench train --steps 0", ("--steps 0", "at least 1", "use 1 or more")),
+        ("bench train --warmup -1", ("--warmup -1", "at least 0", "use 0 or more")),
+        ("bench train --batch 0", ("--batch 0", "at least 1", "use 1 or more")),
+        ("bench train --seq-len 0", ("seq_len = 0", "at least 2", "use 2 or more")),
         ("list --jsn", ("--jsn", "not a flag of attnlab list", "use --json")),
     ],
 )
@@ -102,6 +115,39 @@ def test_wrong_command_lines(argv, wanted, capsys, tmp_path, monkeypatch):
     for part in wanted:
         assert part in err, (part, err)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv, wanted",
+    [
+        ("convert x --to npz --overwrite --out {}", ("--out {}", "is a folder", "name a file")),
+        ("tokenize --data {0}/a.json {0}/b.json --train 270 --overwrite --out {0}",
+         ("file {}: is a folder", "name a file")),
+        ("train {}/a.json --out {}/x", ("recipe: lacks ", "model", "train", "add what is missing")),
+        ("bench train --out {}/a.json", ("--out {}/a.json", "not a JSON list", "another file")),
+        ("bench train --out {}/b.json", ("--out {}/b.json", "cannot be read", "another file")),
+        ("bench train --out {}", ("--out {}", "cannot be read", "another file")),
+    ],
+)
+def test_wrong_files(argv, wanted, capsys, tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "b.json").write_text("[1,")
+    code, _, err = run(capsys, *(word.replace("{0}", "{}").replace("{}", str(tmp_path))
+                                 for word in argv.split()))
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    for part in wanted:
+        assert part.replace("{}", str(tmp_path)) in err, (part, err)
+
+
+def test_process_numbers(monkeypatch):
+    from attnlab.core.errors import MeshError
+    from attnlab.parallel import processes
+
+    values = {"COORDINATOR_ADDRESS": "127.0.0.1:1", "NUM_PROCESSES": "x", "PROCESS_ID": "0"}
+    for name, value in values.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    with pytest.raises(MeshError, match="JAX_NUM_PROCESSES = 'x': is not a whole number"):
+        processes.start()
 
 
 def test_exit_codes_and_debug(capsys, monkeypatch):
@@ -386,6 +432,7 @@ def test_generate(run_folder, capsys):
     assert code == 0 and out.startswith("--- prompt 1\ndoc") and "--- prompt 2\nis" in out
     code, _, err = run(capsys, *argv, "--top-p", "2")
     assert code == 2 and "top_p = 2.0" in err
+    assert run(capsys, *argv, "--stop", "²", "--seed", str(2**32 - 1))[0] == 0
 
 
 def test_convert(run_folder, trained, capsys, tmp_path):
@@ -407,6 +454,24 @@ def test_convert(run_folder, trained, capsys, tmp_path):
 def test_generated_text_is_cut_at_stop_words():
     assert generate.cut("abc def", ["def", "c"]) == "ab" and generate.cut("abc", ["x"]) == "abc"
     assert generate.cut("abc", []) == "abc"
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_cuts_the_text_of_the_bar_only(width):
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from attnlab.train import progress
+
+    console = Console(width=width, force_terminal=True, no_color=True, soft_wrap=True)
+    bar = Progress(*progress.columns(), console=console)
+    row = {"loss": 3.14, "val_loss": 3.2, "val_bits_per_byte": 1.3, "tokens_per_s": 1e6}
+    bar.add_task("train", total=1_000_000, completed=12_345, text=progress.describe(row))
+    with console.capture() as captured:
+        console.print(bar.get_renderable())
+    line, rest = captured.get().split("\n", 1)
+    assert " 12345/1000000" in line and "-:--:--" in line and "loss 3.1400" in line
+    assert "…" in line and not rest
 
 
 @pytest.mark.parametrize("layout", ["stacked", "unstacked"])

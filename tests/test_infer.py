@@ -382,9 +382,22 @@ def test_place_on_one_process():
     def refuse(shape):
         raise ValueError("not divisible")
 
-    odd = types.SimpleNamespace(devices_indices_map=refuse)
-    with pytest.raises(MeshError, match="not divisible"):
+    odd = types.SimpleNamespace(devices_indices_map=refuse, device_set={0, 1})
+    with pytest.raises(MeshError, match=r"\(3, 4\): cannot be cut evenly over 2 devices"):
         feed.batch_shard.__wrapped__(odd, (3, 4))
+
+
+def test_a_batch_that_does_not_divide_names_the_mesh_axes():
+    mesh = jax.sharding.AbstractMesh((4, 2, 2), ("data", "fsdp", "seq"))
+    spec = PartitionSpec(("data", "fsdp"), "seq")
+    cuts = feed._cuts(NamedSharding(mesh, spec))
+    assert cuts == "on axis 0 into 8 (mesh axes data, fsdp) and on axis 1 into 2 (mesh axes seq)"
+
+
+def test_an_empty_mesh_text_is_refused():
+    with pytest.raises(MeshError, match=r"mesh = '': '' is not AXIS=SIZE"):
+        make_mesh("")
+    assert make_mesh("data=-1,").size == jax.device_count()
 
 
 _TWO = """

@@ -519,7 +519,7 @@ def test_watch_restarts_after_suspended(pod):
     # The same settings as the request that was lost: type, runtime, spot.
     assert create_call("--node-id=lab", "--spot", runtime="r7") in pod.calls
     (start,) = starts(pod)
-    assert "attnlab\\ train\\ --out\\ gs://b/r\\ --resume" in start
+    assert "attnlab\\ train\\ quickstart\\ --out\\ gs://b/r\\ --resume" in start
     assert "lab is SUSPENDED: restart 1 of at most 20" in done.stderr
     assert "the training finished" in done.stderr
 
@@ -533,6 +533,25 @@ def test_watch_keeps_slices_and_a_resume_of_ones_own(pod):
     call = create_call("--node-count=2", "--node-prefix=lab", "--reserved", runtime="r")
     assert call in pod.calls
     assert [s.count("--resume") for s in starts(pod)] == [1, 1]
+    assert "quickstart" not in starts(pod)[0], "it goes on under its own recipe"
+
+
+@pytest.mark.parametrize(
+    "args, wanted",
+    [
+        (["--data", "a", "b"], "quickstart --data a b --out gs://b/r"),
+        (["350m", "--init-from", "gs://b/x"], "350m --init-from gs://b/x --out gs://b/r"),
+        ([], "quickstart --out gs://b/r"),
+    ],
+)
+def test_watch_names_the_recipe(pod, args, wanted):
+    """Without one, `train --resume` goes on with a run and starts none."""
+    pod.script("statuses", *["none,none"] * 2, *["exit 143,died"] * 2, "exit 0,exit 0")
+    pod("watch", "lab", "--poll", "0", "--", *args, *OUT[1:])
+    line = wanted.replace(" ", "\\ ")
+    first, again = starts(pod)
+    assert f"attnlab\\ train\\ {line}\\;" in first
+    assert f"attnlab\\ train\\ {line}\\ --resume\\;" in again
 
 
 def test_watch_stops_on_a_failed_run(pod):

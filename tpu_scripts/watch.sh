@@ -11,6 +11,9 @@ FAILED or PREEMPTED: delete it, create it again with the same settings, set up t
 when the training finished, and with the training's own code and last log lines when it failed. Stop watching with Ctrl-C: the training
 goes on, and watch.sh can be started again at any time.
 
+The RECIPE stands first after --; where a flag is first, quickstart is put before it: with a RECIPE, --resume also starts a run that was
+lost before its first file. A --resume of your own is passed as written: the run in --out goes on under its own recipe.
+
   watch.sh lab --type v5litepod-16 --zone us-west4-a --spot -- 350m --mesh fsdp=-1 --out gs://bucket/runs/350m
 
   --type TYPE        type to create (default: the existing request's)
@@ -78,6 +81,8 @@ train() {
     esac
     args+=("$arg")
   done
+  # From the first start on, so that a recipe elsewhere than first is refused then and not at a restart.
+  case "${args[0]:-}" in "" | -*) [ -z "$resume" ] || args=(quickstart ${args[@]+"${args[@]}"}) ;; esac
   if [ "$restarts" -gt 0 ] && [ -n "$resume" ]; then args+=(--resume); fi
   local type_flag=()
   [ -z "$OPT_type" ] || type_flag=("--type=$OPT_type")

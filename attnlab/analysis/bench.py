@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from attnlab.core.errors import ConfigError
+
 CHECKED = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -38,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the benchmark; prints a table and one JSON line."""
+    for flag, value, least in (
+        ("batch", args.batch, 1), ("steps", args.steps, 1), ("warmup", args.warmup, 0)
+    ):
+        if value < least:
+            rule = f"must be at least {least}"
+            raise ConfigError(f"--{flag} {value}", rule, f"use {least} or more")
+    if args.out:
+        stored(Path(args.out))  # a file that cannot take the row is no use after the measurement
     row = train(
         args.recipe, args.batch, args.seq_len, args.steps, args.warmup, args.impl, args.sets
     )
@@ -72,7 +82,7 @@ def train(
     from attnlab.train.setup import make_trainer, read_data
 
     changes = [f"train.batch={batch}", "data.document_mask=False", *(sets or [])]
-    if seq_len:
+    if seq_len is not None:
         changes.append(f"train.seq_len={seq_len}")
     if impl:
         changes.append(f"train.impl={impl}")
@@ -189,9 +199,20 @@ def stamp() -> dict[str, Any]:
     }
 
 
+def stored(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON list on disk, none where there is no file."""
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+    except (OSError, ValueError) as error:
+        rule = f"cannot be read as JSON ({error})"
+        raise ConfigError(f"--out {path}", rule, "name another file") from None
+    if not isinstance(rows, list):
+        raise ConfigError(f"--out {path}", "is not a JSON list of rows", "name another file")
+    return rows
+
+
 def append(path: Path, row: dict[str, Any]) -> None:
     """Add ``row`` to a JSON list on disk, one row a line."""
-    rows = json.loads(path.read_text()) if path.exists() else []
-    rows.append(row)
+    rows = [*stored(path), row]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")

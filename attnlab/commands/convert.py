@@ -21,6 +21,8 @@ def parser(p: Parser) -> None:
 
 
 def run(args: Args) -> int:
+    if os.path.isdir(args.out):
+        raise ConfigError(f"--out {args.out}", "is a folder", "name a file")
     if os.path.exists(args.out) and not args.overwrite:
         raise ConfigError(f"--out {args.out}", "exists", "pass --overwrite or another file")
     write = {"npz": write_npz, "safetensors": write_safetensors}[args.to]

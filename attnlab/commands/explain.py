@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from attnlab.commands.parsing import Args, Parser, whole
+from attnlab.commands.parsing import Args, Parser, digits, whole
 from attnlab.commands.printing import table
 from attnlab.core.errors import ConfigError
 
@@ -37,6 +37,11 @@ def parser(p: Parser) -> None:
 def run(args: Args) -> int:
     from attnlab.analysis import explain
 
+    if args.variant and args.recipe:
+        raise ConfigError(
+            f"{args.variant} with --recipe {args.recipe}", "the recipe names its own layers",
+            "drop one of them, or give the sizes of the variant with --shape",
+        )
     on = explain.device(args.platform, args.kind)
     letters = parse_shape(args.shape)
     for letter, value in (("B", args.batch), ("T", args.tokens)):
@@ -92,7 +97,7 @@ def parse_shape(text: str | None) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for item in filter(None, (part.strip() for part in (text or "").split(","))):
         letter, _, value = item.partition("=")
-        if letter not in tuple("BTDNKH") or not value.isdigit() or int(value) < 1:
+        if letter not in tuple("BTDNKH") or not digits(value) or int(value) < 1:
             raise ConfigError(
                 f"--shape {item}", "is not LETTER=NUMBER with one of B, T, D, N, K, H",
                 "write --shape B=1,T=4096,D=2048,N=16,K=4,H=128",

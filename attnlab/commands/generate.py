@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attnlab.commands.parsing import Args, Parser, number, run_argument, whole
+from attnlab.commands.parsing import Args, Parser, digits, number, run_argument, whole
 from attnlab.core.errors import ConfigError
 
 
@@ -38,22 +38,36 @@ def run(args: Args) -> int:
         temperature=0.0 if args.greedy else args.temperature, top_k=args.top_k, top_p=args.top_p
     )
     texts = _prompts(args)
+    _check(args)
     run = load_run(args.folder, step=args.step)
     tokenizer, trainer = run.tokenizer, run.trainer
     ids = [[tokenizer.bos, *tokenizer.encode(text.encode()).tolist()] for text in texts]
-    stop_ids = [int(word) for word in args.stop if word.isdigit()]
+    stop_ids = [int(word) for word in args.stop if digits(word)]
     params, layers = jax.device_put((run.params, run.layers), trainer.replicated)
     out = generate(
         (trainer.graphdef, params), ids, new_tokens=args.tokens, sample=sample, state=layers,
         key=jax.random.key(args.seed),
         stop_ids=sorted({tokenizer.bos, *stop_ids}),
     )
-    words = [word for word in args.stop if not word.isdigit()]
+    words = [word for word in args.stop if not digits(word)]
     for i, (text, new) in enumerate(zip(texts, out.tokens, strict=True)):
         if len(texts) > 1:
             print(f"--- prompt {i + 1}")
         print(text + cut(tokenizer.decode(new), words))
     return 0
+
+
+def _check(args: Args) -> None:
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"--seed {args.seed}", "must be in [0, 2**32)", "use --seed 0")
+    if "" in args.stop:
+        raise ConfigError("--stop ''", "stands before every text", "name a text or a token id")
+    for text in args.prompt or ():
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # the shell's bytes as lone surrogates
+            fix = "pass UTF-8, or a UTF-8 file with --prompt-file"
+            raise ConfigError(f"--prompt {text!r}", "is not valid UTF-8", fix) from None
 
 
 def _prompts(args: Args) -> list[str]:

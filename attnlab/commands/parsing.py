@@ -102,9 +102,14 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
+def digits(text: str) -> bool:
+    """Only 0 to 9: ``str.isdigit`` also takes what ``int`` refuses."""
+    return text.isascii() and text.isdecimal()
+
+
 def span(text: str) -> tuple[int, int]:
     first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    if not (digits(first) and digits(last) and 1 <= int(first) <= int(last)):
         raise argparse.ArgumentTypeError(f"{text!r} is not START:STOP with 1 <= START <= STOP")
     return int(first), int(last)
 

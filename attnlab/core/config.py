@@ -67,6 +67,13 @@ def _dataclass(kind, data, where):
         if name not in hints:
             near = difflib.get_close_matches(name, hints) or list(hints)
             raise ConfigError(f"{where}.{name}", "is not a field", f"use {' or '.join(near)}")
+    given = (dataclasses.MISSING, dataclasses.MISSING)
+    missing = [
+        f.name for f in dataclasses.fields(kind)
+        if f.name not in data and (f.default, f.default_factory) == given
+    ]
+    if missing:
+        raise ConfigError(where, f"lacks {', '.join(missing)}", "add what is missing")
     return kind(**{n: from_dict(hints[n], d, f"{where}.{n}") for n, d in data.items()})
 
 
@@ -110,7 +117,7 @@ def override(config: Any, assignments: list[str]) -> Any:
         for depth, key in enumerate(keys):
             name = ".".join(keys[: depth + 1])
             if isinstance(node, list):
-                if not key.isdigit() or int(key) >= len(node):
+                if not (key.isascii() and key.isdecimal()) or int(key) >= len(node):
                     raise ConfigError(
                         f"--set {name}", f"there are {len(node)} entries", "use 0, 1, ..."
                     )

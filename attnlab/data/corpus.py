@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 from attnlab.core.errors import DataError
 from attnlab.data.files import File, LocalFiles, list_files, relative
-from attnlab.data.readers import Document, Entry, read_entries
+from attnlab.data.readers import Document, Entry, check_listed, read_entries
 
 TEXT_SUFFIXES = tuple(
     ".txt .text .md .rst .tex .py .pyi .jl .c .h .cc .cpp .hpp .cu .go .rs .java .js .sh".split()
@@ -42,13 +42,15 @@ class Corpus:
 
     Args:
         fingerprint: 16 hex digits of names, contents and split: equal on every machine that holds
-            the same files. description: one line for logs, says what was left out.
+            the same files. description: one line for logs, says what was left out. files: the
+            keys of the files that were read.
     """
 
     train: list[Document]
     val: list[Document]
     fingerprint: str
     description: str
+    files: frozenset[str] = frozenset()
 
 
 def load_corpus(
@@ -95,22 +97,27 @@ def load_corpus(
     description += f", {size / 1e6:.1f} MB of text" if size else ""
     description += f", {tokens} stored tokens" if tokens else ""
     description = "; ".join([description, *notes])
-    return Corpus([e.doc for e in train], [e.doc for e in val], fingerprint, description)
+    docs = [e.doc for e in train], [e.doc for e in val]
+    return Corpus(*docs, fingerprint, description, frozenset(seen))
 
 
 def _load(data, seen, notes, text_field, token_dtype) -> list[Entry]:
     entries: list[Entry] = []
     for item in data:
         embedded = item in ("stdlib", "stdlib+packages")
-        files, is_folder = (_embedded(item), True) if embedded else list_files(item)
+        files, is_folder, left = (_embedded(item), True, []) if embedded else list_files(item)
         if is_folder and not embedded:
-            files = _take_known(item, files, notes)
+            check_listed(files)
+            files, unknown = _take_known(item, files)
+            left += [f"{', '.join(unknown)} (a glob reads any suffix as text)"] if unknown else []
+        if left:
+            notes.append(f"left out of {item}: {', '.join(left)}")
+            warnings.warn(f"attnlab: {notes[-1]}", stacklevel=3)
         for file in files:
-            key = os.path.realpath(file.path) if file.local else file.path
-            if key in seen:
-                rule = f"comes from both {seen[key]!r} and {item!r}"
+            if file.key in seen:
+                rule = f"comes from both {seen[file.key]!r} and {item!r}"
                 raise DataError(str(file), rule, "name each file once, in data or in val_data")
-            seen[key] = item
+            seen[file.key] = item
             entries += read_entries(file, text_field, token_dtype, is_folder)
     return sorted(entries, key=lambda e: (e.file, e.line, e.digest))
 
@@ -130,20 +137,19 @@ def _embedded(item: str) -> list[File]:
     return files
 
 
-def _take_known(item: str, files: list[File], notes: list[str]) -> list[File]:
+def _take_known(item: str, files: list[File]) -> tuple[list[File], list[str]]:
+    """The files that a folder is read for, and the count of the others by suffix."""
     taken = [f for f in files if f.name.lower().endswith(FOLDER_SUFFIXES)]
     rest = Counter(
         os.path.splitext(f.name)[1] or "no suffix" for f in files
         if f not in taken and os.path.basename(f.name) != "meta.json"
     )  # fmt: skip
-    found = ", ".join(f"{n} {suffix}" for suffix, n in sorted(rest.items())) or "nothing"
+    found = [f"{n} {suffix}" for suffix, n in sorted(rest.items())]
     if not taken:
-        rule = f"a folder is read for {' '.join(FOLDER_SUFFIXES)}, and this one holds {found}"
+        rule = f"a folder is read for {' '.join(FOLDER_SUFFIXES)}, "
+        rule += f"and this one holds {', '.join(found) or 'nothing'}"
         raise DataError(f"folder {item}", rule, "name its files, or a glob: both are read as text")
-    if rest:
-        notes.append(f"left out of {item}: {found}")
-        warnings.warn(f"attnlab: {notes[-1]} (a glob reads any suffix as text)", stacklevel=4)
-    return taken
+    return taken, found
 
 
 def _split(entries: list[Entry], val_fraction: float) -> tuple[list[Entry], list[Entry]]:

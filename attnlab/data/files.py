@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import itertools
 import os
+import pathlib
 from typing import Any
 
 from attnlab.core.errors import DataError
@@ -16,6 +17,7 @@ class LocalFiles:
 
     exists, isdir = staticmethod(os.path.exists), staticmethod(os.path.isdir)
     makedirs, open, rm_file = staticmethod(os.makedirs), staticmethod(open), staticmethod(os.remove)
+    mv = staticmethod(os.replace)
     unstrip_protocol = staticmethod(str)
 
     @staticmethod
@@ -76,6 +78,11 @@ class File:
     def local(self) -> bool:
         return "://" not in self.path
 
+    @property
+    def key(self) -> str:
+        """The same for every path of one file."""
+        return os.path.realpath(self.path) if self.local else self.path
+
     def read(self) -> bytes:
         return read_file(self.path)
 
@@ -83,9 +90,10 @@ class File:
         return f"file {self.path}"
 
 
-def list_files(item: str) -> tuple[list[File], bool]:
-    """The files of one item, and whether it is a folder."""
+def list_files(item: str) -> tuple[list[File], bool, list[str]]:
+    """The files of one item, whether it is a folder, and what of it is left out."""
     fs, path = file_system(item)
+    left = []
     if fs.isdir(path):
         root, paths, kind = path, fs.find(path), "folder"
     elif fs.exists(path):
@@ -93,17 +101,25 @@ def list_files(item: str) -> tuple[list[File], bool]:
     elif any(c in path for c in "*?["):
         fixed = itertools.takewhile(lambda part: not any(c in part for c in "*?["), path.split("/"))
         root, kind = "/".join(fixed), "glob"
-        paths = [p for p in fs.glob(path) if not fs.isdir(p)]
+        found = fs.glob(path)
+        paths = [p for p in found if not fs.isdir(p)]
+        held = {str(folder) for p in paths for folder in pathlib.PurePosixPath(p).parents}
+        matched = {p.rstrip("/") for p in found} - {p.rstrip("/") for p in paths}
+        if lost := sum(bool(fs.find(folder)) for folder in matched - held):
+            left = [f"{lost} folder{'s' * (lost > 1)} (** reads folders)"]
     else:
         rule = "does not exist"
         raise DataError(f"data item {item!r}", rule, 'name a file, a folder, a glob or "stdlib"')
     files = [File(fs.unstrip_protocol(p), relative(p, root)) for p in paths]
     if kind == "folder":
-        files = [f for f in files if not f.name.startswith(".") and "/." not in f.name]
+        seen = [f for f in files if not f.name.startswith(".") and "/." not in f.name]
+        left = [f"{len(files) - len(seen)} hidden"] if len(seen) < len(files) else []
+        files = seen
     if not files:
         fix = "check the path; ** matches folders" if kind == "glob" else "put text files into it"
-        raise DataError(f"{kind} {item}", "matches no file", fix)
-    return sorted(files, key=lambda f: f.name), kind == "folder"
+        rule = f"matches no file{', only ' * bool(left)}{', '.join(left)}"
+        raise DataError(f"{kind} {item}", rule, fix)
+    return sorted(files, key=lambda f: f.name), kind == "folder", left
 
 
 def relative(path: str, root: str) -> str:

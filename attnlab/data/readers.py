@@ -176,8 +176,28 @@ def _read_bin(file: File, token_dtype: str | None) -> Entry:
     mapped = file.local and size > 0  # an empty file cannot be mapped
     tokens = np.memmap(file.path, dtype, "r") if mapped else np.frombuffer(raw or b"", dtype)
     tokenizer = meta["tokenizer"] if entry else None
+    # Read whole once: what the run and its corpus fingerprint are about must be what is trained on.
+    sha256 = hashlib.sha256(tokens).hexdigest() if entry else None
+    if entry and sha256 != entry.get("sha256"):
+        rule = "is damaged or edited: its sha256 is not the one in meta.json"
+        raise DataError(str(file), rule, "tokenise the corpus again")
     doc = Document(file.name, None, tokens, entry.get("text_bytes"), tokenizer)
-    return Entry(file.name, 0, doc, entry.get("split"), entry.get("sha256"))
+    return Entry(file.name, 0, doc, entry.get("split"), sha256)
+
+
+def check_listed(files: list[File]) -> None:
+    """DataError if one of ``files`` is a meta.json that lists a file which is not among them."""
+    paths = {f.path for f in files}
+    for meta in (f for f in files if os.path.basename(f.name) == "meta.json"):
+        try:
+            listed = _read_meta(meta.path).get("files", {})
+        except DataError:  # of another program, or reported by the .bin beside it
+            continue
+        for name in listed:
+            path = os.path.join(os.path.dirname(meta.path), name)
+            if path not in paths:
+                rule = "is missing, its meta.json lists it"
+                raise DataError(f"file {path}", rule, "tokenise the corpus again")
 
 
 def _read_meta(path: str) -> dict:

@@ -13,7 +13,7 @@ import numpy as np
 
 from attnlab.core.errors import DataError
 from attnlab.data.corpus import Corpus
-from attnlab.data.files import file_system, read_file
+from attnlab.data.files import File, file_system, read_file
 from attnlab.data.readers import TOKEN_FORMAT, Document
 
 CHUNK = 1 << 24  # ids looked at together
@@ -150,7 +150,7 @@ def train_tokenizer(
         rule = "256 bytes and BOS need at least 257"
         raise DataError(f"vocab_size = {vocab_size}", rule, "use 257 or more")
     tokenizers = _tokenizers()
-    _exists(out_path, overwrite)
+    _check_out(out_path, corpus, overwrite)
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
@@ -164,8 +164,10 @@ def train_tokenizer(
         rule = f"the corpus yields only {model.get_vocab_size()} tokens and BOS"
         fix = f"use vocab_size = {model.get_vocab_size() + 1} or more text"
         raise DataError(f"vocab_size = {vocab_size}", rule, fix)
-    with _create(out_path) as f:
-        f.write(model.to_str(pretty=True).encode("utf-8"))
+    with _parts_of(out_path):
+        with _create(f"{out_path}.part") as f:
+            f.write(model.to_str(pretty=True).encode("utf-8"))
+        _settle(out_path)
     return HFTokenizer(out_path)
 
 
@@ -205,29 +207,35 @@ def tokenize_corpus(
     batches equal those of the text. An empty split has no file. Returns the content of meta.json.
     """
     paths = {name: os.path.join(out_dir, name) for name in ("meta.json", "train.bin", "val.bin")}
+    fs, inner = file_system(out_dir)
+    if fs.exists(inner) and not fs.isdir(inner):
+        raise DataError(f"folder {out_dir}", "is a file", "name a folder")
     for path in paths.values():
-        if _exists(path, overwrite):
-            fs, inner = file_system(path)
-            fs.rm_file(inner)
+        _check_out(path, corpus, overwrite)
     dtype = storage_dtype(tokenizer.vocab_size).newbyteorder("<")
     files: dict[str, dict[str, Any]] = {}
-    for split, docs in (("train", corpus.train), ("val", corpus.val)):
-        if not docs:
-            continue
-        tokens, sha256 = 0, hashlib.sha256()
-        with _create(paths[f"{split}.bin"]) as f:
-            for ids in encode_documents(docs, tokenizer):
-                data = ids.astype(dtype).tobytes()
-                tokens += len(ids)
-                sha256.update(data)
-                f.write(data)
-        entry = {"split": split, "tokens": tokens, "text_bytes": text_bytes(docs)}
-        files[f"{split}.bin"] = {**entry, "sha256": sha256.hexdigest()}
-    meta = {"format": TOKEN_FORMAT, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size}
-    meta |= {"bos": tokenizer.bos, "tokenizer": tokenizer.fingerprint}
-    meta |= {"tokenizer_name": tokenizer.name, "corpus": corpus.fingerprint, "files": files}
-    with _create(paths["meta.json"]) as f:  # last: a folder without it is unfinished
-        f.write(json.dumps(meta, indent=1).encode())
+    with _parts_of(*paths.values()):
+        for split, docs in (("train", corpus.train), ("val", corpus.val)):
+            if not docs:
+                continue
+            tokens, sha256 = 0, hashlib.sha256()
+            with _create(f"{paths[f'{split}.bin']}.part") as f:
+                for ids in encode_documents(docs, tokenizer):
+                    data = ids.astype(dtype).tobytes()
+                    tokens += len(ids)
+                    sha256.update(data)
+                    f.write(data)
+            entry = {"split": split, "tokens": tokens, "text_bytes": text_bytes(docs)}
+            files[f"{split}.bin"] = {**entry, "sha256": sha256.hexdigest()}
+        meta = {"format": TOKEN_FORMAT, "dtype": dtype.name, "vocab_size": tokenizer.vocab_size}
+        meta |= {"bos": tokenizer.bos, "tokenizer": tokenizer.fingerprint}
+        meta |= {"tokenizer_name": tokenizer.name, "corpus": corpus.fingerprint, "files": files}
+        with _create(f"{paths['meta.json']}.part") as f:
+            f.write(json.dumps(meta, indent=1).encode())
+        for path in paths.values():  # what was there stays until all of the new is written
+            _remove(path)
+        for name in (*files, "meta.json"):  # last: a folder without it is unfinished
+            _settle(paths[name])
     return meta
 
 
@@ -281,17 +289,51 @@ def _tokenizers() -> Any:
     return tokenizers
 
 
-def _exists(path: str, overwrite: bool) -> bool:
+def _check_out(path: str, corpus: Corpus, overwrite: bool) -> None:
     fs, inner = file_system(path)
+    full = fs.unstrip_protocol(inner)
+    if File(full, "").key in corpus.files:
+        rule = "is read by this corpus, so it cannot be written"
+        raise DataError(f"file {path}", rule, "name another path")
+    if fs.isdir(inner):
+        raise DataError(f"file {path}", "is a folder", "name a file")
     if fs.exists(inner) and not overwrite:
-        raise DataError(f"file {path}", "exists", "pass overwrite=True or another path")
-    return fs.exists(inner)
+        fix = "pass --overwrite (overwrite=True), or another path"
+        raise DataError(f"file {path}", "exists", fix)
 
 
 @contextlib.contextmanager
 def _create(path: str) -> Iterator[Any]:
     """A new binary file with its folders."""
     fs, inner = file_system(path)
-    fs.makedirs(os.path.dirname(inner) or ".", exist_ok=True)
-    with fs.open(inner, "wb") as f:
+    try:
+        fs.makedirs(os.path.dirname(inner) or ".", exist_ok=True)
+        file = fs.open(inner, "wb")
+    except OSError as e:
+        rule = f"cannot be written ({e.strerror or type(e).__name__})"
+        raise DataError(f"file {path}", rule, "check the path and its permissions") from None
+    with file as f:
         yield f
+
+
+@contextlib.contextmanager
+def _parts_of(*paths: str) -> Iterator[None]:
+    """Leaves no ``.part`` of ``paths`` behind when the block fails."""
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            _remove(f"{path}.part")
+        raise
+
+
+def _settle(path: str) -> None:
+    """Move ``path.part`` to ``path``."""
+    fs, inner = file_system(path)
+    fs.mv(f"{inner}.part", inner)
+
+
+def _remove(path: str) -> None:
+    fs, inner = file_system(path)
+    if fs.exists(inner):
+        fs.rm_file(inner)

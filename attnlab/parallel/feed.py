@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 
 from attnlab.core.errors import MeshError
 
@@ -46,13 +47,25 @@ def batch_shard(sharding: Sharding, global_shape: tuple[int, ...]) -> tuple[int,
     """
     try:
         indices = sharding.devices_indices_map(global_shape)
-    except ValueError as error:
+    except ValueError:  # its text is the whole sharding
         raise MeshError(
-            f"batch of shape {global_shape}", f"cannot be cut as {sharding} ({error})",
+            f"batch of shape {global_shape}", f"cannot be cut evenly {_cuts(sharding)}",
             "use a batch and a sequence length that the mesh axes divide",
         ) from None
     held = [(d.process_index, i[0].indices(global_shape[0])[:2]) for d, i in indices.items()]
     return block_of(held, jax.process_index(), global_shape[0])
+
+
+def _cuts(sharding: Sharding) -> str:
+    if not isinstance(sharding, NamedSharding):
+        return f"over {len(sharding.device_set)} devices"
+    cuts = []
+    for axis, names in enumerate(sharding.spec):
+        names = (names,) if isinstance(names, str) else names or ()
+        pieces = math.prod(sharding.mesh.shape[name] for name in names)
+        if pieces > 1:
+            cuts.append(f"on axis {axis} into {pieces} (mesh axes {', '.join(names)})")
+    return " and ".join(cuts)
 
 
 def block_of(

@@ -16,7 +16,7 @@ from attnlab.parallel.rules import MESH_AXES
 def parse(text: str) -> dict[str, int]:
     """``"data=2,fsdp=-1"`` to a dict; -1 takes the devices that are left."""
     sizes: dict[str, int] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
+    for item in [part.strip() for part in text.split(",") if part.strip()] or [""]:
         name, _, size = item.partition("=")
         try:
             value = int(size)

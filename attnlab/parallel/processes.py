@@ -28,11 +28,18 @@ def start() -> None:
                 "set all three, or none",
             )
         jax.distributed.initialize(
-            os.environ[_MANUAL[0]], int(os.environ[_MANUAL[1]]), int(os.environ[_MANUAL[2]]),
+            os.environ[_MANUAL[0]], _whole(_MANUAL[1]), _whole(_MANUAL[2]),
             heartbeat_timeout_seconds=30,
         )
     elif _on_cluster():
         jax.distributed.initialize()
+
+
+def _whole(name: str) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdecimal()):
+        raise MeshError(f"{name} = {text!r}", "is not a whole number", f"set {name} to a number")
+    return int(text)
 
 
 def _on_cluster() -> bool:

@@ -6,7 +6,17 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 
 class Reporter:
@@ -18,10 +28,7 @@ class Reporter:
         self.bar = None
         self._quiet_until = 0.0
         if first and not plain and sys.stdout.isatty():
-            self.bar = Progress(
-                TextColumn("train"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=self.console,
-            )
+            self.bar = Progress(*columns(), console=self.console)
             self.task = self.bar.add_task("train", total=steps, text="")
             self.bar.start()
 
@@ -43,6 +50,19 @@ class Reporter:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def columns() -> tuple[ProgressColumn, ...]:
+    """Label, bar, M/N, text, time left; on a narrow terminal the text is cut."""
+    # rich shrinks the columns that may wrap first, so these may not.
+    count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+    left = TimeRemainingColumn(table_column=Column(no_wrap=True))
+    return TextColumn("train"), BarColumn(bar_width=10), count, _Row(), left
+
+
+class _Row(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["text"], no_wrap=True, overflow="ellipsis")
 
 
 def describe(row: dict) -> str:

@@ -158,6 +158,8 @@ def test_remote(tmp_path):
     assert names == ["a.txt", "s/b.jsonl:1", "s/c.bin"]
     assert load_corpus(["memory://corpus/**/*.txt"], val_fraction=0).train[0].text == b"a\r\n"
     assert load_corpus(["memory://corpus/a.txt"], val_fraction=0).train[0].name == "a.txt"
+    with pytest.warns(UserWarning, match=r"left out of memory://corpus/\*: 1 folder"):
+        load_corpus(["memory://corpus/*"])
     with pytest.raises(DataError, match=r"memory://corpus/none.*does not exist"):
         load_corpus(["memory://corpus/none"])
     with pytest.raises(DataError, match="no file system serves it"):
@@ -222,6 +224,20 @@ def test_left_out_files_are_reported(tmp_path):
     with pytest.warns(UserWarning, match=r"left out of .*: 1 \.png"):
         corpus = load_corpus([write(tmp_path, {"a.txt": "a\nb\n", "b.png": "x"})])
     assert "1 .png" in corpus.description
+
+
+def test_hidden_files_and_folders_of_a_glob_are_reported(tmp_path):
+    folder = write(tmp_path, {"a.txt": "a\nb\n", ".h.txt": "x", ".g/b.txt": "x", "s/c.txt": "c"})
+    with pytest.warns(UserWarning, match=r"left out of .*: 2 hidden$"):
+        corpus = load_corpus([folder])
+    assert corpus.description.endswith(f"left out of {folder}: 2 hidden")
+    with pytest.warns(UserWarning, match=r"left out of .*\*: 1 folder \(\*\* reads folders\)$"):
+        corpus = load_corpus([f"{folder}/*"])
+    assert "1 folder" in corpus.description
+    (tmp_path / "empty").mkdir()
+    assert "left out" not in load_corpus([f"{folder}/**"]).description
+    with pytest.raises(DataError, match=r"matches no file, only 1 folder"):
+        load_corpus([f"{folder}/s*"])
 
 
 # ---- packing

@@ -93,7 +93,7 @@ def test_trained_round_trip(trained, text):
 
 def test_train_errors(trained, tmp_path):
     path = trained[0]
-    with pytest.raises(DataError, match=r"tokenizer.json: exists. Fix: pass overwrite=True"):
+    with pytest.raises(DataError, match=r"tokenizer.json: exists. Fix: pass --overwrite \(ov"):
         train_tokenizer(corpus_of(b"abc"), 257, path)
     with pytest.raises(DataError, match="vocab_size = 256: 256 bytes and BOS need at least 257"):
         train_tokenizer(corpus_of(b"abc"), 256, str(tmp_path / "x.json"))
@@ -182,7 +182,7 @@ def test_tokenised_folder_gives_the_same_batches(tmp_path, trained, kind, place)
 def test_tokenised_folder_errors(tmp_path, trained):
     corpus, out = corpus_of(b"some text", b"more text"), tmp_path / "out"
     tokenize_corpus(corpus, ByteTokenizer(), str(out))
-    with pytest.raises(DataError, match=r"meta.json: exists. Fix: pass overwrite=True"):
+    with pytest.raises(DataError, match=r"meta.json: exists. Fix: pass --overwrite \(ov"):
         tokenize_corpus(corpus, ByteTokenizer(), str(out))
     tokenize_corpus(corpus, ByteTokenizer(), str(out), overwrite=True)
     back = load_corpus([str(out)])
@@ -194,9 +194,75 @@ def test_tokenised_folder_errors(tmp_path, trained):
     (out / "train.bin").write_bytes(whole[:-2])
     with pytest.raises(DataError, match=r"train.bin: 38 bytes are not 20 ids of uint16"):
         load_corpus([str(out)])
+    (out / "train.bin").write_bytes(bytes([whole[0], whole[1], whole[2] ^ 1]) + whole[3:])
+    for item in (out, out / "train.bin"):
+        with pytest.raises(DataError, match=r"train.bin: is damaged or edited: its sha256"):
+            load_corpus([str(item)])
+    (out / "train.bin").unlink()
+    with pytest.raises(DataError, match=r"train.bin: is missing, its meta.json lists it"):
+        load_corpus([str(out)])
+    assert load_corpus([str(out / "val.bin")]).train
+    (out / "train.bin").write_bytes(whole)
     (out / "meta.json").write_text("{")
     with pytest.raises(DataError, match=r"meta.json: is not JSON"):
         load_corpus([str(out)])
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+def test_overwriting_keeps_the_old_folder_until_the_new_one_is_written(tmp_path, place):
+    fsspec = pytest.importorskip("fsspec")
+    out = str(tmp_path / "out") if place == "disk" else "memory://overwrite/out"
+    fs, inner = fsspec.core.url_to_fs(out)
+
+    class Failing(ByteTokenizer):
+        def encode(self, text):
+            return super().encode(text) if text == b"some text" else 1 / 0
+
+    def content():
+        return {p.rpartition("/")[2]: fs.cat_file(p) for p in fs.find(inner)}
+
+    tokenize_corpus(corpus_of(b"some text", b"more text"), ByteTokenizer(), out)
+    old = content()
+    bad = Corpus(corpus_of(b"some text").train, corpus_of(b"x").train, "1" * 16, "test")
+    with pytest.raises(ZeroDivisionError):  # in val.bin, when train.bin is whole
+        tokenize_corpus(bad, Failing(), out, overwrite=True)
+    assert content() == old and old.keys() == {"train.bin", "val.bin", "meta.json"}
+    one = Corpus(corpus_of(b"some text").train, [], "1" * 16, "test")
+    tokenize_corpus(one, ByteTokenizer(), out, overwrite=True)
+    assert content().keys() == {"train.bin", "meta.json"}
+
+
+def test_out_must_be_free_and_no_input(tmp_path):
+    out = str(tmp_path / "out")
+    tokenize_corpus(corpus_of(b"some text", b"more text"), ByteTokenizer(), out)
+    (tmp_path / "link").symlink_to(out)
+    for item in (out, f"{out}/val.bin", str(tmp_path / "link")):
+        with pytest.raises(DataError, match=r"\.bin: is read by this corpus.*another path"):
+            tokenize_corpus(load_corpus([item]), ByteTokenizer(), out, overwrite=True)
+    (tmp_path / "a.txt").write_text("abc\nabc\n")
+    corpus = load_corpus([str(tmp_path / "a.txt")])
+    with pytest.raises(DataError, match=r"a\.txt: is read by this corpus"):
+        train_tokenizer(corpus, 257, str(tmp_path / "a.txt"), overwrite=True)
+    with pytest.raises(DataError, match=r"out: is a folder. Fix: name a file"):
+        train_tokenizer(corpus, 257, out, overwrite=True)
+    with pytest.raises(DataError, match=r"a\.txt: is a file. Fix: name a folder"):
+        tokenize_corpus(corpus, ByteTokenizer(), str(tmp_path / "a.txt"), overwrite=True)
+    with pytest.raises(DataError, match=r"cannot be written \(Not a directory\)"):
+        tokenize_corpus(corpus, ByteTokenizer(), str(tmp_path / "a.txt/out"))
+
+
+def test_a_tokenizer_file_stays_when_writing_another_fails(tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    train_tokenizer(corpus_of(b"abc"), 257, str(path))
+    old = path.read_bytes()
+
+    def fail(fs, inner):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("attnlab.data.files.LocalFiles.mv", fail)
+    with pytest.raises(OSError, match="disk full"):
+        train_tokenizer(corpus_of(b"abcabc"), 258, str(path), overwrite=True)
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
 
 
 def test_empty_split_has_no_file(tmp_path):
