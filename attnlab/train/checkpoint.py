@@ -296,11 +296,14 @@ def restore_weights(
             return weights
         if step is None:
             report(f"warning: checkpoint {candidate} in {directory} is damaged: {reason}")
+    if step is None:
+        raise CheckpointError(
+            f"{directory}", f"every checkpoint ({steps}) is damaged", "there is no other one"
+        )
     others = [s for s in steps if s != step]
     raise CheckpointError(
-        f"checkpoint {step} in {directory}" if step else f"{directory}",
-        f"is damaged: {reason}" if step else f"every checkpoint ({steps}) is damaged",
-        f"use another one of {others}" if step and others else "there is no other one",
+        f"checkpoint {step} in {directory}", f"is damaged: {reason}",
+        f"use another one of {others}" if others else "there is no other one",
     )
 
 
