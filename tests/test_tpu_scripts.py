@@ -78,7 +78,8 @@ WRONG = [
 
 @pytest.mark.parametrize(
     "name, args, message",
-    [("create", *case) for case in WRONG] + [(name, *WRONG[2]) for name in NAMES],
+    [("create", *case) for case in WRONG] + [(name, *WRONG[2]) for name in NAMES]
+    + [("watch", ["lab", "--", "350m", "--overwrite"], "--overwrite does not survive a restart")],
 )
 def test_wrong_arguments(pod, name, args, message):
     done = pod(name, *args, code=2)

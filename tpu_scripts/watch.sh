@@ -12,7 +12,8 @@ when the training finished, and with the training's own code and last log lines 
 goes on, and watch.sh can be started again at any time.
 
 The RECIPE stands first after --; where a flag is first, quickstart is put before it: with a RECIPE, --resume also starts a run that was
-lost before its first file. A --resume of your own is passed as written: the run in --out goes on under its own recipe.
+lost before its first file. A --resume of your own is passed as written: the run in --out goes on under its own recipe. --overwrite
+is refused: after a pre-emption nobody could tell the run that was to be replaced from the one that replaced it.
 
   watch.sh lab --type v5litepod-16 --zone us-west4-a --spot -- 350m --mesh fsdp=-1 --out gs://bucket/runs/350m
 
@@ -31,6 +32,10 @@ EOF
 
 FLAGS="type= runtime= spot reserved valid-until= slices= run= max-restarts= poll="
 parse_args "$@"
+for arg in ${REST[@]+"${REST[@]}"}; do
+  [ "$arg" != --overwrite ] ||
+    die_usage "--overwrite does not survive a restart: pass another --out, or start once with train.sh and then watch"
+done
 pass_on
 commit=$(git -C "$REPO" rev-parse --verify --quiet HEAD) || die "no commit in $REPO: run watch.sh from a git checkout"
 restarts=0
@@ -73,13 +78,9 @@ recreate() {
 setup() { "$HERE/setup.sh" "$NAME" "${PASSED[@]}" "--ref=$commit" "--slices=${OPT_slices:-1}"; }
 
 train() {
-  local args=() resume=1 arg
+  local args=(${REST[@]+"${REST[@]}"}) resume=1 arg
   for arg in ${REST[@]+"${REST[@]}"}; do
-    case "$arg" in
-      --resume) resume="" ;;
-      --overwrite) [ "$restarts" -eq 0 ] || continue ;; # the first start has overwritten; a restart goes on
-    esac
-    args+=("$arg")
+    [ "$arg" != --resume ] || resume=""
   done
   # From the first start on, so that a recipe elsewhere than first is refused then and not at a restart.
   case "${args[0]:-}" in "" | -*) [ -z "$resume" ] || args=(quickstart ${args[@]+"${args[@]}"}) ;; esac

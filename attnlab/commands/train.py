@@ -32,6 +32,11 @@ def _count(flag: str, field: str, text: str, *more: str) -> Short:
     return Short(flag, (field, *more), text, {"type": whole, "metavar": "N"})
 
 
+def _absolute(path: str) -> str:
+    """The recipe outlives the folder the command was given in."""
+    return path if "://" in path else os.path.abspath(path)
+
+
 _PATHS = {"nargs": "+", "metavar": "PATH"}
 SHORTS: dict[str, tuple[Short, ...]] = {
     "data": (
@@ -55,7 +60,7 @@ SHORTS: dict[str, tuple[Short, ...]] = {
     ),
     "start": (
         Short("--init-from", ("train.init_from",), "start from the weights of another run",
-              {"metavar": "RUN"}),
+              {"metavar": "RUN", "type": _absolute}),
     ),
     "hardware": (
         Short("--mesh", ("train.mesh",), "such as data=2,fsdp=2,tensor=2; -1 takes the rest",
@@ -164,7 +169,9 @@ def _swap_attention(recipe, variant: str):
 
     period = tuple(swap(layer, variant) for layer in recipe.model.period)
     model = dataclasses.replace(recipe.model, period=period)
-    return dataclasses.replace(recipe, model=model)
+    # Another architecture cannot take the weights that the old one started from.
+    own = dataclasses.replace(recipe.train, init_from=None)
+    return dataclasses.replace(recipe, model=model, train=own)
 
 
 def _show_fields(recipe) -> int:

@@ -8,6 +8,7 @@ a cached pass is the mask of training.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -132,7 +133,7 @@ class TokenCache:
 
     def truncate(self, length: jax.Array | int) -> Self:
         """Forget every token after the first ``length`` (an integer or int32 ``[B]``) of a row."""
-        if isinstance(length, int) and length < 0:
+        if isinstance(length, numbers.Integral) and length < 0:
             raise ShapeError(f"length = {length}", "is a number of tokens", "use 0 to forget all")
         length = jnp.clip(jnp.asarray(length, jnp.int32), 0, self.length)
         keep = jnp.arange(self.capacity)[None, :] < length[:, None]

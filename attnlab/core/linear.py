@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from attnlab.core import axes
 from attnlab.core.axes import Axes, constrain
@@ -28,6 +29,8 @@ def project(
         equation: two terms and an output, a letter an axis. x: activation. w: parameter of any
             dtype; its gradient comes back in it.
         x_axes, y_axes: logical axes of x and of the result. wide: dtype of sums over devices.
+
+    On a mesh it has a reverse derivative only; ``jax.checkpoint`` sees it as "projection".
     """
     context = axes.current()
     if context is None or context[0].size == 1:
@@ -47,7 +50,8 @@ def project(
         wide if cut & (set(a) & set(b) - set(c)) else None
         for a, b, c in ((first, second, out), (out, second, first), (first, out, second))
     )
-    return constrain(_product((first, second, out), parts, x, w), *y_axes)
+    y = checkpoint_name(_product((first, second, out), parts, x, w), "projection")
+    return constrain(y, *y_axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -71,4 +75,37 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 def _sum(equation: str, a: jax.Array, b: jax.Array, dtype) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=dtype)
+    y = jnp.einsum(equation, a, b, preferred_element_type=dtype)
+    return y if dtype is None else held(y)
+
+
+def held(y: jax.Array) -> jax.Array:
+    """``y``, whose cast to a narrower dtype XLA cannot move in front of the sum that makes it.
+
+    The TPU compiler does, and then adds in bf16. A barrier alone does not stop it, bits do.
+    """
+    bits = jnp.uint64 if y.dtype.itemsize == 8 else jnp.uint32
+    y_bits = jax.lax.optimization_barrier(jax.lax.bitcast_convert_type(y, bits))
+    return jax.lax.bitcast_convert_type(y_bits, y.dtype)
+
+
+def widened(x: jax.Array, wide: str) -> jax.Array:
+    """``x`` in ``wide``, for what many devices get a copy of: its gradient is summed in wide."""
+    context = axes.current()
+    return x.astype(wide) if context is None or context[0].size == 1 else _widened(x, wide)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _widened(x, wide):
+    return x.astype(wide)
+
+
+def _widened_fwd(x, wide):
+    return x.astype(wide), x[..., :0]  # carries the dtype
+
+
+def _widened_bwd(wide, like, g):
+    return (held(g).astype(like.dtype),)
+
+
+_widened.defvjp(_widened_fwd, _widened_bwd)

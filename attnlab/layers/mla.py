@@ -31,7 +31,7 @@ from flax import nnx
 from attnlab.core.axes import HEADS, WIDTH, constrain, normal, ones, parameter
 from attnlab.core.cache import LatentCache, segments_of
 from attnlab.core.layer import Flops, Layer, LayerConfig, Mode, refuse_policy, visible_pairs
-from attnlab.core.linear import project
+from attnlab.core.linear import project, widened
 from attnlab.core.mask import Causal, Mask, Window
 from attnlab.core.norm import rms_norm
 from attnlab.core.rope import Pairing, Rope, Yarn
@@ -246,7 +246,8 @@ class MLA(Layer):
             kv = project("bsr,rnh->bsnh", latent, up, LATENT, HEADS, wide)
             k, v = jnp.split(kv, [c.nope_dim], axis=-1)
             # Repeated wide: its gradient is a sum over heads, which devices may share.
-            rope = jnp.broadcast_to(k_rope[:, :, None].astype(wide), (*k.shape[:3], c.rope_dim))
+            rope = widened(k_rope, wide)[:, :, None]
+            rope = jnp.broadcast_to(rope, (*k.shape[:3], c.rope_dim))
             q = jnp.concatenate([q_nope, q_rope], -1)
             k = jnp.concatenate([k, rope.astype(k.dtype)], -1)
             k, v = (constrain(a, *HEADS) for a in (k, v))

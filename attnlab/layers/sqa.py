@@ -40,7 +40,7 @@ from attnlab.core.axes import KV_HEADS, WIDTH, constrain, normal, parameter, zer
 from attnlab.core.cache import KVCache, segments_of
 from attnlab.core.errors import ConfigError
 from attnlab.core.layer import Flops, Mode
-from attnlab.core.linear import project
+from attnlab.core.linear import project, widened
 from attnlab.core.types import Out
 from attnlab.layers.gqa import GQA, GQAConfig
 
@@ -162,7 +162,7 @@ class SQA(GQA):
         q, k, v = super()._project(x, seq)
         if self._axis == "kv_heads":  # wide: the gradient of a copied head is a sum over devices
             c = self.config
-            copies = jnp.tile(q.astype(c.precision.softmax), (1, 1, c.M // c.num_heads, 1))
+            copies = jnp.tile(widened(q, c.precision.softmax), (1, 1, c.M // c.num_heads, 1))
             q = constrain(copies.astype(q.dtype), *KV_HEADS)
         return q, k, v
 

@@ -33,7 +33,10 @@ Remat = Literal["none", "full", "dots", "attention"]
 # What the backward pass finds saved; everything else inside a period is computed again.
 _POLICIES = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("projection"),  # dots on a mesh
+    ),
     "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
 }
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.core.axes import constrain, shards
+from attnlab.core.linear import held
 
 _LOGIT_BYTES = 256 * 2**20
 
@@ -108,7 +109,8 @@ def _chunked_fwd(hidden, table, targets, weights, vocab_size, z_loss):
         p = jnp.exp(z - lse[..., None])
         d = p * (1 + 2 * z_loss * lse)[..., None] - jax.nn.one_hot(y, z.shape[-1], dtype=wide)
         d = (d * w[..., None]).astype(h.dtype)
-        d_h = jnp.einsum("pbcv,vd->pbcd", d, cast, preferred_element_type=over).astype(h.dtype)
+        d_h = jnp.einsum("pbcv,vd->pbcd", d, cast, preferred_element_type=over)
+        d_h = (d_h if over is None else held(d_h)).astype(h.dtype)
         here = jnp.einsum("pbcv,pbcd->pvd", d, h, preferred_element_type=wide)
         d_table = constrain(d_table + here, "batch", "vocab", "width")
         return (total + part, nll + part_nll, d_table), d_h

@@ -24,7 +24,7 @@ from attnlab.parallel import processes
 from attnlab.train.state import Trainer, TrainState
 
 _HALF_WRITTEN = ".orbax-checkpoint-tmp"
-FORMAT = 1
+FORMAT = 2  # 1: document ends were no targets, so a step held other rows
 LAYOUT = "stacked"
 
 
@@ -285,10 +285,13 @@ def restore_weights(
         raise CheckpointError(f"{directory}", "does not exist", "pass the folder of a run")
     checkpoints = Checkpoints(directory, read_only=True)
     steps = checkpoints.steps()
-    if not steps or step not in (None, *steps):
+    if not steps:
         raise CheckpointError(
-            f"{directory}", f"has no checkpoint {'' if step is None else step} (found {steps})",
-            "pass the folder of a run, or another --step",
+            f"{directory}", "holds no complete checkpoint yet", "let the run reach its first one"
+        )
+    if step not in (None, *steps):
+        raise CheckpointError(
+            f"{directory}", f"has no checkpoint {step} (found {steps})", "pass another --step"
         )
     for candidate in reversed(steps) if step is None else [step]:
         weights, reason = _read_weights(checkpoints, trainer, candidate)
@@ -298,12 +301,12 @@ def restore_weights(
             report(f"warning: checkpoint {candidate} in {directory} is damaged: {reason}")
     if step is None:
         raise CheckpointError(
-            f"{directory}", f"every checkpoint ({steps}) is damaged", "there is no other one"
+            f"{directory}", f"every checkpoint ({steps}) is damaged", "train again"
         )
     others = [s for s in steps if s != step]
     raise CheckpointError(
         f"checkpoint {step} in {directory}", f"is damaged: {reason}",
-        f"use another one of {others}" if others else "there is no other one",
+        f"use another one of {others}" if others else "train again",
     )
 
 

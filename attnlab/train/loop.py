@@ -59,25 +59,34 @@ def run(
     folder = checkpoint.run_folder(out)
     recipe, before = _choose_recipe(recipe, folder, overrides or [], resume)
     if before is None and not overwrite:
-        _refuse_taken(folder)
+        _refuse_taken(folder, resume)
     if profile and profile[0] > recipe.train.steps:
         raise ConfigError(
             f"--profile {profile[0]}:{profile[1]}", f"the run has {recipe.train.steps} steps",
             "name steps it takes",
         )
+    init_from, c = recipe.train.init_from, recipe.train
+    if init_from is not None and checkpoint.absolute(init_from) == checkpoint.absolute(folder):
+        raise ConfigError(
+            f"--init-from {init_from}", "is the folder of this run", "pass another --out"
+        )
     trackers.check_installed(trackers_wanted)
     reporter = Reporter(recipe.train.steps, first=processes.is_first(), plain=plain)
     try:
         with _Stop() as stop:
+            processes.agree("whether --out holds a run", str(before is not None))
+            begun = before is not None and _has_checkpoint(folder)
+            processes.agree("whether --out holds a checkpoint", str(begun))
             prepared = prepare(recipe, reporter.say)
             weights = None
-            if recipe.train.init_from is not None and not (before and _has_checkpoint(folder)):
+            if init_from is not None and not begun:
                 weights = checkpoint.restore_weights(
-                    checkpoint.run_folder(recipe.train.init_from) / "checkpoints",
-                    prepared.trainer, report=reporter.say,
+                    checkpoint.run_folder(init_from) / "checkpoints", prepared.trainer,
+                    report=reporter.say,
                 ).params
-                reporter.say(f"weights from {recipe.train.init_from}")
-            prepared.trainer.trace(recipe.train.batch, recipe.train.seq_len)
+                reporter.say(f"weights from {init_from}")
+            batch_shard(prepared.trainer.batch_sharding, (c.batch, c.seq_len))
+            prepared.trainer.trace(c.batch, c.seq_len)
             # What can be wrong has been found by now: only from here on the folder changes.
             if before is None:
                 _claim(folder, recipe)
@@ -103,15 +112,16 @@ def _choose_recipe(recipe, folder, overrides, resume) -> tuple[Recipe, Recipe | 
 
 def _has_checkpoint(folder) -> bool:
     saved = folder / "checkpoints"
-    return saved.exists() and any(path.name.isdigit() for path in saved.iterdir())
+    return saved.exists() and bool(checkpoint.Checkpoints(saved, read_only=True).steps())
 
 
-def _refuse_taken(folder) -> None:
+def _refuse_taken(folder, resume: bool) -> None:
     taken = [name for name in _OWN_FILES if (folder / name).exists()]
     if taken:
+        more = "" if resume else "--resume to go on, "  # with it, there was no config.json
         raise ConfigError(
             f"--out {folder}", f"holds a run already ({', '.join(taken)})",
-            "pass --resume to go on, --overwrite to start over, or another --out",
+            f"pass {more}--overwrite to start over, or another --out",
         )
 
 
@@ -224,9 +234,10 @@ class _Session:
             state, data, meta = self.checkpoints.restore(self.trainer, report=self.reporter.say)
             here = self.run_.meta()
             for what, flag in (("corpus", "fingerprint"), ("tokenizer", "tokenizer")):
-                if meta[flag] != here[flag]:
+                if meta.get(flag) != here[flag]:
                     raise CheckpointError(
-                        f"{what} fingerprint {here[flag]}", f"the run was trained on {meta[flag]}",
+                        f"{what} fingerprint {here[flag]}",
+                        f"the run was trained on {meta.get(flag)}",
                         f"pass the same {what}, or start another run with --init-from",
                     )
             step = int(state.step)

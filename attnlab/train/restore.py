@@ -9,7 +9,7 @@ from attnlab.core import config as configs
 from attnlab.core.errors import CheckpointError
 from attnlab.data.tokenizer import Tokenizer, load_tokenizer
 from attnlab.train import recipe as recipes
-from attnlab.train.checkpoint import Checkpoints, restore_weights, run_folder
+from attnlab.train.checkpoint import restore_weights, run_folder
 from attnlab.train.recipe import Recipe
 from attnlab.train.setup import make_trainer
 from attnlab.train.state import Trainer
@@ -43,18 +43,15 @@ def load_run(path: str, step: int | None = None) -> LoadedRun:
     recipe = recipes.from_json(str(folder / "config.json"))
     recipe = configs.override(recipe, ["train.mesh=None"])
     trainer = make_trainer(recipe)
-    if not Checkpoints(folder / "checkpoints", read_only=True).steps():
-        raise CheckpointError(
-            f"{path}", "holds no complete checkpoint yet", "let the run reach its first checkpoint"
-        )
     found = restore_weights(folder / "checkpoints", trainer, step)
     tokenizer = load_tokenizer(recipe.data.tokenizer, recipe.data.bos_token)
-    if tokenizer.fingerprint != found.meta["tokenizer"]:
+    if tokenizer.fingerprint != found.meta.get("tokenizer"):
         raise CheckpointError(
             f"tokenizer {recipe.data.tokenizer} has fingerprint {tokenizer.fingerprint}",
-            f"the run was trained with {found.meta['tokenizer']}", "put its tokenizer file back",
+            f"the run was trained with {found.meta.get('tokenizer')}",
+            "put its tokenizer file back",
         )
     return LoadedRun(
-        recipe, trainer, found.params, found.layers, tokenizer, found.meta["fingerprint"],
+        recipe, trainer, found.params, found.layers, tokenizer, found.meta.get("fingerprint", ""),
         found.step,
     )

@@ -167,9 +167,9 @@ def test_the_trainer_keeps_the_state(accumulate, tmp_path):
     checkpoints.save(state, {"step": 2}, {}, t.replicated)
     checkpoints.close()
     restored = Checkpoints(tmp_path, read_only=True).restore(t)[0]
-    params, layers = restore_weights(tmp_path, t)
+    weights = restore_weights(tmp_path, t)
     held = (state.params, state.layers)
-    for other in ((restored.params, restored.layers), (params, layers)):
+    for other in ((restored.params, restored.layers), (weights.params, weights.layers)):
         for a, b in zip(jax.tree.leaves(held), jax.tree.leaves(other), strict=True):
             np.testing.assert_array_equal(a, b)
     held = jax.tree.map(np.array, state.layers)

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 
 from attnlab.core import registry
+from attnlab.core.axes import sharding
+from attnlab.core.types import Seq
 from attnlab.models.decoder import DecoderConfig
 from attnlab.parallel.feed import place
 from attnlab.parallel.mesh import make_mesh
@@ -120,7 +122,7 @@ def main(name: str) -> dict:
                     flatten(rest), t.replicated
                 )
     if name == "gqa":
-        found |= more() | {"in loop": largest_in_loop()}
+        found |= more() | {"in loop": largest_in_loop(), "kept": kept()}
     return found
 
 
@@ -139,6 +141,29 @@ def largest_in_loop() -> int:
         for dims in re.findall(r"f32\[([\d,]+)\]", collective[1]) if collective else ():
             found.append(math.prod(map(int, dims.split(","))))
     return max(found)
+
+
+def kept() -> dict[str, int]:
+    """Bytes the backward pass holds under every remat policy: the leaves that jax.vjp returns."""
+    t = trainer("gqa", "data=2,fsdp=2,tensor=2", 8)
+    one = batch(0)
+    seq = Seq(one["positions"], one["segments"], "packed")
+
+    def held(remat: str) -> int:
+        model = dataclasses.replace(t.model, remat=remat)
+        other = Trainer(model, t.config, STEPS, t.mesh, RULES)
+
+        def loss(params):
+            return other.module(params).loss(
+                one["tokens"], one["targets"], one["loss_mask"], seq
+            )[0]
+
+        with sharding(t.mesh, RULES):
+            like = other.abstract_state().params
+            leaves = jax.tree.leaves(jax.eval_shape(lambda p: jax.vjp(loss, p)[1], like))
+        return sum(x.size * x.dtype.itemsize for x in leaves)
+
+    return {remat: held(remat) for remat in ("none", "dots", "attention", "full")}
 
 
 def more() -> dict:

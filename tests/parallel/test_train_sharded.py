@@ -67,6 +67,8 @@ def test_meshes(name, root):
     if name == "gqa":
         # Activations of one chunk, two rows a device, may be summed; no part of the table is.
         assert 0 < found["in loop"] <= 2 * 6 * 16 < 128 * 16 / 8
+        kept = found["kept"]
+        assert kept["none"] > kept["dots"] > kept["attention"] > kept["full"], kept
         for label in ("muon", "accumulate"):
             assert_close(*found[label], 2e-5)
 

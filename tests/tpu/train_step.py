@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no cloud metadata server to ask
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # tests run side by side
 
-import jax
 from jax.experimental import topologies
 
 from attnlab.core import dispatch
@@ -45,14 +45,26 @@ def main(topology: str, mesh_text: str, name: str) -> dict:
     mesh = make_mesh(mesh_text, devices)
     target = dispatch.Device("tpu", devices[0].device_kind)
     trainer = Trainer(model, OptimizerConfig(), 10, mesh, RULES, layout="packed")
-    with dispatch.compiling_for(target), dispatch.recording() as rows, jax.set_mesh(mesh):
+    with dispatch.compiling_for(target), dispatch.recording() as rows:
         lowered = trainer.step.lower(trainer.abstract_state(), trainer.abstract_batch(8, 512))
-    compiled = lowered.compile()
+    text = lowered.compile().as_text()
     return {
         "attention": sorted({impl for op, _, impl in rows if op == "attention"}),
-        "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
+        "sums": sums(text),
     }
+
+
+def sums(text: str) -> dict[str, list[str]]:
+    """Dtype to the names of the operations that add it up over devices in a compiled program."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        made = re.match(r".*? = (.*?) (?:all-reduce|reduce-scatter)(?:-start)?\(", line)
+        if made:
+            name = re.search(r'op_name="([^"]*)"', line)
+            for dtype in set(re.findall(r"\b([a-z]+\d+)\[", made[1])):
+                found.setdefault(dtype, []).append(name[1] if name else "")
+    return found
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_run_folder(finished):
     assert any(line.startswith(f"done: step {STEPS}  loss ") for line in lines)
     meta = json.loads((out / "checkpoints/12/meta/metadata").read_text())
     assert meta["recipe"] == json.loads((out / "config.json").read_text())
-    assert meta["layout"] == "stacked" and meta["format"] == 1
+    assert meta["layout"] == "stacked" and meta["format"] == 2
     assert json.loads((out / "checkpoints/12/data/metadata").read_text()) == {"step": STEPS}
 
 
@@ -198,11 +198,17 @@ def test_init_from_takes_the_weights_alone(finished, data, tmp_path, capsys):
     assert first["step"] == 1 and first["lr"] == rows(source)[0]["lr"], "a new run"
     assert first["loss"] < last["loss"] + 0.7 < rows(source)[0]["loss"], "with trained weights"
     # A kill before the first checkpoint does not lose them.
-    shutil.copytree(out, tmp_path / "killed")
-    shutil.rmtree(tmp_path / "killed" / "checkpoints")
-    argv = ["train", "--resume", "--plain", "--out", str(tmp_path / "killed")]
-    assert cli.main(argv) == 0
-    assert tiny_runs.curve(tmp_path / "killed") == tiny_runs.curve(out)
+    killed = tmp_path / "killed"
+    shutil.copytree(out, killed)
+    shutil.rmtree(killed / "checkpoints")
+    assert cli.main(["train", "--resume", "--plain", "--out", str(killed)]) == 0
+    assert tiny_runs.curve(killed) == tiny_runs.curve(out)
+    recipe = recipes.from_json(out / "config.json")
+    assert recipe.train.init_from == str(source)
+    from attnlab.commands.train import _swap_attention
+
+    assert _swap_attention(recipe, "gqa").train.init_from is None, "weights of another model"
+    one_line(capsys, 2, command(data, out, "--overwrite", "--init-from", str(out)), "another --out")
     other = ["--init-from", str(source), "--set", "model.mlp_dim=32"]
     one_line(
         capsys, 1, command(data, tmp_path / "other", *other), "w_down", "shape [1, 16, 16]",

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from attnlab.core import axes
 from attnlab.core.dispatch import Device, Implementation, Op
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError
+from attnlab.core.linear import widened
 from attnlab.core.mask import Causal, Coords, Mask, Segments, SinkTokens, parts
 from attnlab.core.types import LAYOUTS, Layout
 from attnlab.ops.attention import reference, vendor, xla
@@ -216,20 +217,24 @@ def _over_shards(forward, q, k, v, *, mask, q_coords, k_coords, sink_logits, **s
     the mesh does not cut queries and keys alike; a single key/value head goes to every device.
     """
 
+    dtype = k.dtype
+
     def part(q, k, v, mask, q_coords, k_coords, sink_logits):
+        k, v = k.astype(dtype), v.astype(dtype)
         return forward(
             q, k, v, mask=mask, q_coords=q_coords, k_coords=k_coords, sink_logits=sink_logits,
             **static,
         )
 
-    arrays = (q, k, v, mask, q_coords, k_coords, sink_logits)
     context = axes.current()
     if context is None or context[0].size == 1:
-        return part(*arrays)
+        return part(q, k, v, mask, q_coords, k_coords, sink_logits)
     N, K = q.shape[2], k.shape[2]
     batch, heads, kv_heads = axes.cut("batch", q.shape[0]), axes.cut("heads", N), ()
     if K > 1:
         kv_heads = heads = heads if axes.cut("kv_heads", K) == heads else ()
+    elif heads:
+        k, v = widened(k, "float32"), widened(v, "float32")
     q_spec, kv_spec = P(batch, None, heads), P(batch, None, kv_heads)
     coords: Any = Coords(P(batch), P(batch), P())  # type: ignore[arg-type] - specs in its shape
     if q_coords.segments is None:
@@ -237,7 +242,7 @@ def _over_shards(forward, q, k, v, *, mask, q_coords, k_coords, sink_logits, **s
     specs = (q_spec, kv_spec, kv_spec, mask.specs(batch, heads), coords, coords, P(heads))
     return jax.shard_map(
         part, mesh=context[0], in_specs=specs, out_specs=(q_spec, q_spec), check_vma=False
-    )(*arrays)
+    )(q, k, v, mask, q_coords, k_coords, sink_logits)
 
 
 def _shapes(q, k, v) -> tuple[int, int, int, int, int, int, int]:
