@@ -1,8 +1,9 @@
 """Is a run that was killed and resumed the run that nothing interrupted?
 
-Trains one recipe undisturbed, then again and again with one SIGKILL each, at a random step or
-while a checkpoint is being written, resumes it, and compares every logged number and the checksum
-of every array of the last checkpoint. Trials already in the results file are not repeated.
+Trains one recipe undisturbed, then again and again with one SIGKILL each, at its very start, at a
+random step or while a checkpoint is being written, resumes it, and compares every logged number
+and the checksum of every array of the last checkpoint. Trials already in the results file are not
+repeated.
 
     python experiments/kill_resume.py --out /tmp/kills
 """
@@ -82,7 +83,7 @@ def run_until_killed(out, recipe, env, at: int | None, limit: float) -> dict | N
             seen |= set(half_written(out))
             if len(seen) > wait_for:
                 break
-        elif (at == 0 and out.exists()) or (
+        elif (at == 0 and (out / "config.json").exists()) or (
             at > 0 and metrics.exists() and metrics.read_bytes().count(b"\n") >= at
         ):
             break
@@ -103,9 +104,8 @@ def trial(folder, number, recipe, steps, env, limit, whole) -> dict:
     out = folder / f"killed-{number}"
     dice = random.Random(number)
     for _ in range(20):
-        killed = run_until_killed(
-            out, recipe, env, None if number % 3 == 1 else dice.randrange(steps), limit
-        )
+        at = 0 if number == 0 else None if number % 3 == 1 else dice.randrange(steps)
+        killed = run_until_killed(out, recipe, env, at, limit)
         if killed is not None:
             break
     else:
