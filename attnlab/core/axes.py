@@ -109,7 +109,7 @@ def current() -> tuple[Mesh, Rules] | None:
 def cut(axis: str, size: int) -> tuple[str, ...]:
     """The mesh axes over which the enclosing ``sharding`` block cuts ``size`` entries of an axis.
 
-    None without a mesh, and where the mesh does not divide ``size`` (a batch of one while
+    Empty without a mesh, and where the mesh does not divide ``size`` (a batch of one while
     generating): such an axis stays whole.
     """
     context = _context.get()

@@ -128,8 +128,8 @@ def _refuse_taken(folder, resume: bool) -> None:
 def _claim(folder, recipe: Recipe) -> None:
     """Make the folder, and put the recipe in the place of what another run left in it.
 
-    A kill at any point leaves a folder that --resume or --overwrite accepts: the checkpoints go
-    first, and config.json is there before anything of the new run is.
+    A kill at any point leaves a folder to start, resume or overwrite: the checkpoints go first, and
+    config.json is there before anything of the new run is.
     """
     processes.barrier("attnlab_folder_checked")
     if processes.is_first():

@@ -12,12 +12,10 @@ import sys
 
 import pytest
 
+ABSENT = importlib.util.find_spec("libtpu") is None
 pytestmark = [
     pytest.mark.aot,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason='no libtpu here: pip install -e ".[aot]"',
-    ),
+    pytest.mark.skipif(ABSENT, reason='no libtpu here: pip install -e ".[aot]"'),
 ]
 
 
