@@ -73,11 +73,13 @@ def table(rows: list[dict[str, Any]], cells: Iterable[tuple[str, str, str, int]]
     ]
     head = ("case", "dir", "impl", "device", "queued", "wall", "TFLOP/s", "roof", "x peer",
             "x flex")
-    lines, reasons = [head], {}
+    lines: list[tuple[str, ...]] = [head]
+    reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
     for row in shown:
         if ms(row) is None:
-            reasons.setdefault((row["impl"], row["reason"]), []).append(
-                f"{row['case']} {row['direction']}"
+            reason = row["reason"].removeprefix(f"{row['impl']}: ")
+            reasons.setdefault((row["impl"], reason), {}).setdefault(row["case"], []).append(
+                row["direction"]
             )
             continue
         ratios = against(row, rows)
@@ -100,7 +102,9 @@ def table(rows: list[dict[str, Any]], cells: Iterable[tuple[str, str, str, int]]
     text.append("milliseconds; x: times faster than the fastest peer, than FlexAttention"
                 " (* measured in another run)")
     text += _extras(shown, rows)
-    text += [f"{impl}: {why} [{', '.join(which)}]" for (impl, why), which in reasons.items()]
+    for (impl, why), which in reasons.items():
+        names = [case if len(ways) > 1 else f"{case} {ways[0]}" for case, ways in which.items()]
+        text.append(f"{impl}: {why} [{', '.join(names)}]")
     return "\n".join(text)
 
 

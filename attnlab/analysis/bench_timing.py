@@ -145,6 +145,8 @@ def torch_kernels(call: Callable[[], Any], count: int) -> tuple[list[Kernels], s
     import torch
     from torch.profiler import ProfilerActivity, profile
 
+    if not torch.cuda.is_available():
+        return [], "no kernel times on cpu"
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(count):

@@ -11,7 +11,7 @@ import importlib.metadata
 import multiprocessing
 from typing import Any
 
-from attnlab.core.errors import AttnlabError
+from attnlab.core.errors import AttnlabError, ImplementationError
 
 ENGINES = {"jax": "attnlab.analysis.bench_jax", "torch": "attnlab.analysis.peers"}
 TEXT = 240  # characters of an error that a row keeps
@@ -19,6 +19,8 @@ TEXT = 240  # characters of an error that a row keeps
 
 def told(error: BaseException) -> str:
     """An error in one line: the rule for our own, else its type and the start of its text."""
+    if isinstance(error, ImplementationError):
+        return error.rule.removeprefix("cannot serve this call (").removesuffix(")")[:TEXT]
     if isinstance(error, AttnlabError):
         return f"{error.what}: {error.rule}"[:TEXT]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -31,18 +31,22 @@ PACKAGES = ("torch", "triton", "nvidia-cudnn-cu13", "flash-attn-4", "nvidia-cutl
 
 
 class Engine:
-    """Measures torch's attention on the first CUDA device; keeps the data of one case there.
+    """Measures torch's attention on one device; keeps the data of one case there.
+
+    Args:
+        device: "cuda", or "cpu" to try the harness (FlexAttention has no gradient there).
 
     Raises:
         ImportError: torch is not installed. UnsupportedError: torch sees no GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cuda") -> None:
         import torch
 
-        if not torch.cuda.is_available():
+        if device == "cuda" and not torch.cuda.is_available():
             raise UnsupportedError("torch", "sees no GPU here", "run it where there is one")
         self.torch: Any = torch
+        self.device = device
         self.case: Case | None = None
         self.data: dict[str, Any] = {}
         self.pairs = 0.0
@@ -52,12 +56,13 @@ class Engine:
         found = versions(PACKAGES) | {"cuda": self.torch.version.cuda}
         found["torch"] = self.torch.__version__
         found["cudnn"] = str(self.torch.backends.cudnn.version())
-        return {"device": self.torch.cuda.get_device_name(), "platform": "gpu", "versions": found}
+        name = self.torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
+        return {"device": name, "platform": self.device, "versions": found}
 
     def healthy(self) -> bool:
         """Whether the device still computes; a CUDA fault is final for its process."""
         try:
-            return float(self.torch.ones(8, device="cuda").sum()) == 8.0
+            return float(self.torch.ones(8, device=self.device).sum()) == 8.0
         except Exception:  # whatever it is, the process is of no more use
             return False
 
@@ -78,7 +83,7 @@ class Engine:
             call = self._call(case, direction, forward, data)
             started = time.perf_counter()
             first = call()
-            torch.cuda.synchronize()
+            self._wait()
             row["compile_s"] = time.perf_counter() - started
             finite = all(bool(x.isfinite().all()) for x in first.values())
             with np.load(reference) as exact:
@@ -90,13 +95,16 @@ class Engine:
             row["repeatable"] = all(bool((again[n] == x).all()) for n, x in first.items())
             del first, again, found
             times = bench_timing.take(
-                call, lambda _: torch.cuda.synchronize(),
-                lambda count: bench_timing.torch_kernels(call, count),
+                call, self._wait, lambda count: bench_timing.torch_kernels(call, count)
             )
             return row | times.row()
         finally:
             gc.collect()
             torch.cuda.empty_cache()
+
+    def _wait(self, results: Any = None) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
 
     def _load(self, case: Case) -> dict[str, Any]:
         """Tensors of a case on the device, ``q, k, v, do`` as ``[B, N, S, H]``."""
@@ -113,7 +121,7 @@ class Engine:
         return self.data
 
     def _tensor(self, x: np.ndarray):
-        return self.torch.from_numpy(np.ascontiguousarray(x)).cuda()
+        return self.torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
 
     def _halves(self, x: np.ndarray):
         """NumPy's bf16 is a stranger to torch: the bits travel as int16."""
@@ -170,10 +178,10 @@ class Engine:
         compiled = self.torch.compile(flex_attention, dynamic=False)
         block_mask, times = None, []
         for _ in range(4):  # the first builds the lists cold
-            self.torch.cuda.synchronize()
+            self._wait()
             started = time.perf_counter()
             block_mask = self._block_mask(case, data)
-            self.torch.cuda.synchronize()
+            self._wait()
             times.append((time.perf_counter() - started) * 1e3)
         score_mod, grouped = self._score_mod(case, data), case.N != case.K
 
@@ -217,7 +225,7 @@ class Engine:
             return self._listed(case, data["lists"], causal)
         segments = data.get("segments")
         rule = {"causal": causal, "documents": documents, "window": window}[case.sight]
-        return create_block_mask(rule, None, None, case.S, case.S, device="cuda")
+        return create_block_mask(rule, None, None, case.S, case.S, device=self.device)
 
     def _listed(self, case: Case, lists, causal):
         """A BlockMask from lists whose last block is the query's own; torch transposes it."""
@@ -225,9 +233,9 @@ class Engine:
 
         torch = self.torch
         rows, most = lists.shape[2:]
-        own = torch.arange(rows, dtype=torch.int32, device="cuda")
+        own = torch.arange(rows, dtype=torch.int32, device=self.device)
         counts = (lists >= 0).sum(-1).to(torch.int32)
-        full = torch.zeros((*lists.shape[:3], rows), dtype=torch.int32, device="cuda")
+        full = torch.zeros((*lists.shape[:3], rows), dtype=torch.int32, device=self.device)
         full[..., :most] = torch.where(lists >= 0, lists, 0)
         partial = torch.zeros_like(full)
         partial[..., 0] = own
