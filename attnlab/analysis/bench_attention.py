@@ -12,7 +12,6 @@ import argparse
 import datetime
 import functools
 import hashlib
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -21,16 +20,16 @@ from typing import Any
 
 from attnlab.analysis import bench_cases, bench_report
 from attnlab.analysis.bench import save, stored
-from attnlab.analysis.bench_cases import BOTH, FORWARD, Case, Decode
+from attnlab.analysis.bench_cases import BOTH, FORWARD, OURS, Case, Decode
 from attnlab.analysis.bench_worker import Worker
 from attnlab.core.errors import ConfigError, UnsupportedError
 
-OURS = bench_report.OURS
 # Implementations, in the order in which they are measured, and the process of each.
 KINDS = {
     "gpu": "jax", "flex": "torch", "torch-cudnn": "torch", "cudnn": "jax", "tokamax": "jax",
-    "flex-fa4": "torch", "triton": "jax", "xla": "jax",
+    "flex-fa4": "torch", "triton": "jax", "xla": "jax", "flex-tuned": "torch",
 }
+ON_REQUEST = ("flex-tuned",)  # minutes of autotuning a cell
 CELL_S = 180.0  # seconds a cell may take: its compilation, comparison and timing
 LEAST_S = 20.0  # seconds that must be left to begin one
 CPU_LENGTH = 2048  # longest rows without a GPU
@@ -45,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that only ``attnlab bench attention`` has."""
     group = parser.add_argument_group("attention")
     names = ", ".join(case.name for case in bench_cases.CASES)
+    impls = ", ".join(KINDS)
     group.add_argument("--case", help=f"comma-separated (default: all): {names}")
+    group.description = f"--impl: {impls} (default: all but {', '.join(ON_REQUEST)})"
     group.add_argument(
         "--direction", choices=["fwd", "bwd", "both"], default="both",
         help="fwd: forward alone; bwd: forward + backward in one call (default: both)",
@@ -67,8 +68,6 @@ def main(args: argparse.Namespace) -> int:
             command.append(f"--{flag.replace('_', '-')} {getattr(args, flag)}")
     if args.direction != "both":
         command.append(f"--direction {args.direction}")
-    # Two frameworks share the GPU, so neither may take its memory in advance.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     kinds = dict.fromkeys(KINDS[impl] for _, impl, _ in cells)
     workers = {kind: Worker(kind) for kind in {"jax": None, **kinds}}
     out = None if args.out is None else Path(args.out)
@@ -88,7 +87,8 @@ def chosen(
     Raises:
         ConfigError: an unknown name, or a length that is no multiple of 128.
     """
-    names = tuple(KINDS) if impl is None else tuple(dict.fromkeys(impl.split(",")))
+    usual = [name for name in KINDS if name not in ON_REQUEST]
+    names = usual if impl is None else list(dict.fromkeys(impl.split(",")))
     for name in names:
         if name not in KINDS:
             raise ConfigError(f"--impl {name}", "is not timed here", f"use {', '.join(KINDS)}")

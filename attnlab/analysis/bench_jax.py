@@ -12,9 +12,9 @@ import numpy as np
 
 from attnlab.analysis import bench_cases as cases
 from attnlab.analysis import bench_decode, bench_oracle, bench_timing
-from attnlab.analysis.bench_cases import BOTH, Case, Decode
+from attnlab.analysis.bench_cases import BOTH, OURS, Case, Decode
 from attnlab.analysis.bench_worker import versions
-from attnlab.core.mask import Blocks, Causal, Mask, SinkTokens, Window
+from attnlab.core.mask import Blocks, Causal, Coords, Mask, SinkTokens, Window
 from attnlab.ops.attention import attention
 
 PACKAGES = ("jax", "jaxlib", "tokamax", "jax-triton", "triton", "nvidia-cudnn-cu13", "numpy")
@@ -91,6 +91,8 @@ class Engine:
             lambda: function(*args), jax.block_until_ready,
             functools.partial(bench_timing.jax_kernels, function, args),
         )
+        if isinstance(case, Case) and case.sight == "blocks" and impl in OURS:
+            row |= lists_times(case, data)
         return row | times.row()
 
     def _load(self, case: Case | Decode) -> dict[str, jax.Array]:
@@ -135,6 +137,31 @@ def call(case: Case, impl: str, direction: str, data: dict[str, jax.Array]):
         return {"o": o, "dq": dq, "dk": dk, "dv": dv} | {f"d{n}": x for n, x in dlearned.items()}
 
     return jax.jit(both), [*args, fixed, data["do"]]
+
+
+def lists_times(case: Case, data: dict[str, jax.Array]) -> dict[str, float | None]:
+    """Milliseconds to build the block lists of a block-sparse case, and the transposed ones."""
+    from attnlab.ops.attention.blocks import block_lists
+
+    place = jnp.arange(case.S, dtype=jnp.int32)
+    coords = Coords(jnp.broadcast_to(place, (case.B, case.S)), None, place)
+    found: dict[str, float | None] = {}
+    for name, transposed in (("lists_ms", False), ("transposed_ms", True)):
+
+        def build(lists, coords, transposed=transposed):
+            mask = _mask(case, {"lists": lists}).bound(case.B, case.N)
+            return block_lists(
+                mask, coords, coords, block_q=case.block, block_k=case.block, layout="full",
+                transposed=transposed,
+            )
+
+        function, args = jax.jit(build), (data["lists"], coords)
+        times = bench_timing.take(
+            lambda f=function, a=args: f(*a), jax.block_until_ready,
+            functools.partial(bench_timing.jax_kernels, function, args),
+        )
+        found[name] = times.queued_ms if times.device_ms is None else times.device_ms
+    return found
 
 
 def _mask(case: Case, fixed) -> Mask:

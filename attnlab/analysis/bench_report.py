@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-OURS = ("gpu", "triton", "xla")  # implementations of attnlab; every other name is a peer
+from attnlab.analysis.bench_cases import OURS
+
 FLEX = "flex"
 Row = Mapping[str, Any]
 
@@ -129,6 +130,9 @@ def _extras(shown: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str
             found = ratio(row, dense)
             if found:
                 text.append(f"{what}: {found[0]:.2f} x faster than dense causal")
+            if "transposed_ms" in row:
+                text.append(f"{what}: block lists {row['lists_ms']:.3f} ms, transposed"
+                            f" {row['transposed_ms']:.3f} ms")
         if row["case"] == "decode" and row["copy_gb_s"]:
             text.append(f"{what}: {row['gb_s']:.0f} GB/s, {row['gb_s'] / row['copy_gb_s']:.0%} of"
                         f" the measured copy")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import multiprocessing
+import os
 from typing import Any
 
 from attnlab.core.errors import AttnlabError, ImplementationError
@@ -75,6 +76,8 @@ class Worker:
 
     def stamp(self) -> dict[str, Any]:
         """``{"stamp": {device, platform, versions}}``, or ``{"reason": ...}`` if it cannot run."""
+        # Two frameworks share the GPU, so neither may take its memory in advance.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         context = multiprocessing.get_context("spawn")
         self.pipe, end = context.Pipe()
         self.process = context.Process(target=serve, args=(end, self.kind))

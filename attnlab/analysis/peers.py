@@ -5,7 +5,8 @@ the two frameworks share neither CUPTI nor a CUDA context. Arrays are ``[B, N, S
 as torch's kernels like them best; that copy is outside the timed call.
 
 - ``flex``: ``torch.compile(flex_attention)``, Triton back end, default tile heuristics.
-- ``flex-fa4``: the same with its FlashAttention-4 back end.
+- ``flex-tuned``: the same with inductor's max-autotune over tiles.
+- ``flex-fa4``: FlexAttention with its FlashAttention-4 back end.
 - ``torch-cudnn``: ``scaled_dot_product_attention`` held to the cuDNN back end.
 """
 
@@ -175,7 +176,8 @@ class Engine:
                     "flex-fa4", "flash_attn.cute is not installed", "install flash-attn-4"
                 )
             options = {"BACKEND": "FLASH"}
-        compiled = self.torch.compile(flex_attention, dynamic=False)
+        mode = "max-autotune-no-cudagraphs" if impl == "flex-tuned" else None
+        compiled = self.torch.compile(flex_attention, dynamic=False, mode=mode)
         block_mask, times = None, []
         for _ in range(4):  # the first builds the lists cold
             self._wait()
