@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(case.name for case in bench_cases.CASES)
     impls = ", ".join(KINDS)
     group.add_argument("--case", help=f"comma-separated (default: all): {names}")
-    group.description = f"--impl: {impls} (default: all but {', '.join(ON_REQUEST)})"
+    group.description = f"--impl: {impls}\n(default: all but {', '.join(ON_REQUEST)})"
     group.add_argument(
         "--direction", choices=["fwd", "bwd", "both"], default="both",
         help="fwd: forward alone; bwd: forward + backward in one call (default: both)",
@@ -71,7 +71,8 @@ def main(args: argparse.Namespace) -> int:
     kinds = dict.fromkeys(KINDS[impl] for _, impl, _ in cells)
     workers = {kind: Worker(kind) for kind in {"jax": None, **kinds}}
     out = None if args.out is None else Path(args.out)
-    rows, left = run(cells, workers, out, args.seconds, args.again, " ".join(command))
+    say = functools.partial(print, flush=True)  # a line a cell, also where the run is cut off
+    rows, left = run(cells, workers, out, args.seconds, args.again, " ".join(command), say)
     print(bench_report.table(rows, [(case.name, impl, way, case.S) for case, impl, way in cells]))
     if left:
         print(f"\nnot measured within {args.seconds:g} s ({len(left)} cells; run it again):")
@@ -246,6 +247,7 @@ def revision(impl: str) -> str:
     if impl in OURS:
         files.append(_PACKAGE / "analysis/bench_decode.py")
         files += [f for part in ("core", "ops") for f in (_PACKAGE / part).rglob("*.py")]
+        files += (_PACKAGE / "data" / "tuned").rglob("*.json")
     digest = hashlib.sha256()
     for file in sorted(set(files)):
         digest.update(file.relative_to(_PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())

@@ -16,7 +16,7 @@ from attnlab.core.errors import ConfigError
 
 FORWARD, BOTH = "fwd", "fwd+bwd"
 OURS = ("gpu", "triton", "xla")  # implementations of attnlab; every other name is a peer
-CAP = 30.0  # logit cap, in units of a scaled logit
+CAP = 3.0  # logit cap; logits have deviation 1 here, so a larger one would go unnoticed
 # T5: buckets, those of one distance each (below 16), and buckets an octave up to 128 = 16 * 2**3.
 BUCKETS, EXACT, STEPS = 32, 16, 16 / 3
 DOCUMENTS, SINKS, SHARE = 16, 4, 0.1

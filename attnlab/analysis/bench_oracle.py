@@ -77,8 +77,10 @@ def _rows(case: Case, q, first, k, v, extras):
     elif case.mod == "alibi":
         z += extras["slopes"][:, None, None] * (s - t)
     elif case.mod == "t5":
+        # As a product with the one-hot buckets: the transpose of a gather is slow and unordered.
         of_distance = jnp.asarray(cases.bucket_of(np.arange(case.S)))
-        z += extras["table"][:, of_distance[jnp.maximum(t - s, 0)]]
+        bucket = of_distance[jnp.maximum(t - s, 0)]
+        z += jnp.einsum("nc,tsc->nts", extras["table"], jax.nn.one_hot(bucket, cases.BUCKETS))
     z = jnp.where(_seen(case, t, s, extras), z, -jnp.inf)
     p = jax.nn.softmax(z, axis=-1).reshape(B, case.K, -1, chunk, case.S)
     return jnp.einsum("bkgts,bskv->btkgv", p, v).reshape(B, chunk, N, -1)

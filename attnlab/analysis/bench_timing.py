@@ -1,7 +1,7 @@
 """Times of one call on an accelerator: kernels, queued, wall.
 
 ``device_ms``: sum of the times of all kernels of a call, from CUPTI, median of the calls.
-``queued_ms``: time a call where ten wait in the queue, host hidden: kernels and gaps between them.
+``queued_ms``: time a call where up to ten wait in the queue: kernels, gaps between, host hidden.
 ``wall_ms``: host clock round one call until its results are there, median.
 All in milliseconds.
 """
@@ -61,12 +61,13 @@ def take(
         wait(call())
         walls.append(time.perf_counter() - started)
     queues = []
-    for _ in range(max(1, calls // QUEUE)):
+    queue = min(QUEUE, calls)
+    for _ in range(calls // queue):
         started = time.perf_counter()
-        for _ in range(QUEUE):
+        for _ in range(queue):
             results = call()
         wait(results)
-        queues.append((time.perf_counter() - started) / QUEUE)
+        queues.append((time.perf_counter() - started) / queue)
     traced, method = kernels(min(calls, TRACED))
     device, by_name = summed(traced)
     return Times(
@@ -97,7 +98,7 @@ def jax_kernels(function: Any, args: Sequence[Any], count: int) -> tuple[list[Ke
     """
     import jax
 
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() not in ("gpu", "cuda"):
         return [], f"no kernel times on {jax.default_backend()}"
     try:
         from jax.experimental.mosaic.gpu import profiler

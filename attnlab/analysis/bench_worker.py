@@ -39,10 +39,10 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def serve(pipe: Any, kind: str) -> None:
+def serve(pipe: Any, module: str) -> None:
     """The loop of a worker: ``(method, arguments)`` in, a dict out, until None or the end."""
     try:
-        engine = importlib.import_module(ENGINES[kind]).Engine()
+        engine = importlib.import_module(module).Engine()
         pipe.send({"stamp": engine.stamp()})
     except Exception as error:
         pipe.send({"reason": told(error)})
@@ -80,7 +80,7 @@ class Worker:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         context = multiprocessing.get_context("spawn")
         self.pipe, end = context.Pipe()
-        self.process = context.Process(target=serve, args=(end, self.kind))
+        self.process = context.Process(target=serve, args=(end, ENGINES[self.kind]))
         self.process.start()
         end.close()
         reply = self._reply(self.start_s)

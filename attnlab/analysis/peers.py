@@ -16,6 +16,7 @@ import gc
 import importlib.util
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -83,8 +84,7 @@ class Engine:
                 row["lists_ms"] = lists_ms
             call = self._call(case, direction, forward, data)
             started = time.perf_counter()
-            first = call()
-            self._wait()
+            first = self._first(call, impl)
             row["compile_s"] = time.perf_counter() - started
             finite = all(bool(x.isfinite().all()) for x in first.values())
             with np.load(reference) as exact:
@@ -102,6 +102,21 @@ class Engine:
         finally:
             gc.collect()
             torch.cuda.empty_cache()
+
+    def _first(self, call: Callable[[], dict], impl: str) -> dict[str, Any]:
+        """The first call, compilation included; cuDNN's reasons for no come as warnings."""
+        if impl != "torch-cudnn":
+            results = call()
+        else:
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
+                try:
+                    results = call()
+                except RuntimeError as error:
+                    why = "\n".join(str(w.message) for w in heard[-2:])
+                    raise RuntimeError(f"{error}\n{why}") from error
+        self._wait(results)
+        return results
 
     def _wait(self, results: Any = None) -> None:
         if self.device == "cuda":
