@@ -191,3 +191,29 @@ def test_a_framework_that_is_absent_is_a_reason(monkeypatch):
     worker = bench_worker.Worker("torch")
     assert worker.stamp()["reason"].startswith("ModuleNotFoundError: No module named")
     assert worker.process is None
+
+
+def test_kernels_of_jax_by_cupti_or_else_by_a_trace(monkeypatch):
+    import jax
+
+    profiler = pytest.importorskip("jax.experimental.mosaic.gpu.profiler")
+    function, args = jax.jit(lambda x: x + 1), (jnp.ones(4),)
+    assert timing.jax_kernels(function, args, 2) == ([], "no kernel times on cpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    kernels = [("k", 1.0), ("l", 2.0)]
+
+    def measure(f, aggregate, iterations=1):
+        if apart and iterations > 1:
+            raise RuntimeError("Kernel names are not consistent across iterations")
+        return lambda *args: (f(*args), [kernels] * iterations if iterations > 1 else kernels)
+
+    monkeypatch.setattr(profiler, "measure", measure)
+    for apart, count in ((False, 3), (False, 1), (True, 3)):
+        calls, method = timing.jax_kernels(function, args, count)
+        assert method == "CUPTI, kernels" and timing.summed(calls)[0] == 3.0
+        assert len(calls) == (timing.LEAST if apart else count)
+    monkeypatch.setattr(profiler, "measure", lambda *a, **k: lambda *args: (args, None))
+    assert timing.jax_kernels(function, args, 1) == ([], "the CUPTI profiler saw no kernel")
+    monkeypatch.delattr(profiler, "measure")
+    calls, method = timing.jax_kernels(function, args, 2)
+    assert not calls and method.startswith("jax.profiler saw no kernel (CUPTI profiler: ")

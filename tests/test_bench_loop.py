@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from attnlab import cli
 from attnlab.analysis import bench_attention, bench_report
 from attnlab.analysis.bench_cases import BOTH, Decode
-from attnlab.core.errors import ConfigError
+from attnlab.core.errors import ConfigError, DataError
 
 
 class Fake:
@@ -128,3 +129,19 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "causal-64  fwd  xla" in printed and "flex: " in printed.splitlines()[-1]
     assert cli.main([*words.split(), str(out)]) == 0
     assert "0 cells, 2 stored already" in capsys.readouterr().out
+
+
+def test_the_experiment_draws_from_stored_rows(tmp_path, root, monkeypatch):
+    spec = importlib.util.spec_from_file_location("x", root / "experiments/bench_attention.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    monkeypatch.setattr(script, "ROWS", tmp_path / "rows.json")
+    with pytest.raises(DataError, match="no timed row"):
+        script.plot()
+    measured(tmp_path, {"gpu": 2.0, "cudnn": "no"}, {"flex": 3.0}, words="causal-128,t5")
+    script.plot()
+    assert (tmp_path / "bench_attention.png").stat().st_size > 5000
+    lines = script.table().splitlines()
+    assert lines[0].startswith("| NVIDIA H200 |") and len(lines) == 6
+    assert "gpu: 2.000, 410" in lines[2] and "| flex: 3.000 | 1.50 | 3.000 | 1.50 |" in lines[2]
