@@ -22,8 +22,9 @@ from attnlab.core.errors import DataError
 RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "bench_attention.json"
 COLOURS = {
-    "gpu": "#cc3311", "flex": "#4477aa", "flex-fa4": "#66ccee", "torch-cudnn": "#ccbb44",
-    "cudnn": "#228833", "tokamax": "#aa3377", "triton": "#ee8866", "xla": "#bbbbbb",
+    "gpu": "#cc3311", "flex": "#4477aa", "flex-exp": "#88bbee", "flex-fa4": "#66ccee",
+    "torch-cudnn": "#ccbb44", "cudnn": "#228833", "tokamax": "#aa3377", "triton": "#ee8866",
+    "xla": "#bbbbbb",
 }
 LENGTH = 16384
 

@@ -108,6 +108,7 @@ def test_long_rows_need_a_gpu(tmp_path):
 def test_decode_and_tuned_cells_are_chosen_where_they_belong():
     cells = bench_attention.chosen(None, None)
     assert {impl for case, impl, _ in cells if isinstance(case, Decode)} == {"gpu", "triton", "xla"}
+    assert {case.name for case, impl, _ in cells if impl == "flex-exp"} == {"cap"}
     assert "flex-tuned" not in {impl for _, impl, _ in cells}
     assert bench_attention.chosen("t5", "flex-tuned", "bwd")[0][1:] == ("flex-tuned", BOTH)
     assert not [way for case, _, way in cells if case.name == "mla-576" and way == BOTH]

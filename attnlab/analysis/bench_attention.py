@@ -26,8 +26,8 @@ from attnlab.core.errors import ConfigError, UnsupportedError
 
 # Implementations, in the order in which they are measured, and the process of each.
 KINDS = {
-    "gpu": "jax", "flex": "torch", "torch-cudnn": "torch", "cudnn": "jax", "tokamax": "jax",
-    "flex-fa4": "torch", "triton": "jax", "xla": "jax", "flex-tuned": "torch",
+    "gpu": "jax", "flex": "torch", "flex-exp": "torch", "torch-cudnn": "torch", "cudnn": "jax",
+    "tokamax": "jax", "flex-fa4": "torch", "triton": "jax", "xla": "jax", "flex-tuned": "torch",
 }
 ON_REQUEST = ("flex-tuned",)  # minutes of autotuning a cell
 CELL_S = 180.0  # seconds a cell may take: its compilation, comparison and timing
@@ -99,6 +99,7 @@ def chosen(
         for one in bench_cases.chosen(case, seq_len)
         for name in names
         if name in OURS or not isinstance(one, Decode)
+        if name != "flex-exp" or getattr(one, "mod", None) == "cap"
         for way in ways
         if way in one.directions
     ]
