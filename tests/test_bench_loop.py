@@ -46,10 +46,11 @@ class Fake:
 def measured(tmp_path, jax_ms, torch_ms, words="causal-128", **options):
     workers = {"jax": Fake(jax_ms, **options.pop("jax", {})), "torch": Fake(torch_ms)}
     cells = bench_attention.chosen(words, options.pop("impl", "gpu,flex,cudnn"))
-    rows, left = bench_attention.run(
+    rows, done, left = bench_attention.run(
         cells, workers, tmp_path / "rows.json", command="attnlab bench attention",
         say=lambda line: None, **options,
     )
+    assert len(done) == sum(len(worker.asked) for worker in workers.values())
     return rows, left, workers, cells
 
 

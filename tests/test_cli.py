@@ -109,6 +109,7 @@ def test_version(capsys):
         ("bench attention --case t6", ("--case t6", "not a case", "use causal-128")),
         ("bench attention --impl gpus", ("--impl gpus", "not timed here", "use gpu")),
         ("bench attention --seq-len 100", ("--seq-len 100", "multiple of 128", "use 16384")),
+        ("bench attention --case decode --impl flex", ("--case decode", "no cell", "for ours")),
         ("bench attention --seconds 0", ("--seconds 0", "must be positive", "use 480")),
         ("list --jsn", ("--jsn", "not a flag of attnlab list", "use --json")),
     ],

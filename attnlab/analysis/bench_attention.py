@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measure the chosen cells; prints a line a cell, then the table."""
+    """Measure the chosen cells; prints a line a cell, then the table of those measured now.
+
+    Where none was left to measure, the table holds all that were chosen.
+    """
     if args.seconds is not None and not args.seconds > 0:
         raise ConfigError(f"--seconds {args.seconds:g}", "must be positive", "use 480")
     cells = chosen(args.case, args.impl, args.direction, args.seq_len)
@@ -72,8 +75,9 @@ def main(args: argparse.Namespace) -> int:
     workers = {kind: Worker(kind) for kind in {"jax": None, **kinds}}
     out = None if args.out is None else Path(args.out)
     say = functools.partial(print, flush=True)  # a line a cell, also where the run is cut off
-    rows, left = run(cells, workers, out, args.seconds, args.again, " ".join(command), say)
-    print(bench_report.table(rows, [(case.name, impl, way, case.S) for case, impl, way in cells]))
+    rows, done, left = run(cells, workers, out, args.seconds, args.again, " ".join(command), say)
+    shown = done or cells  # the end of a long output is what people see
+    print(bench_report.table(rows, [(case.name, impl, way, case.S) for case, impl, way in shown]))
     if left:
         print(f"\nnot measured within {args.seconds:g} s ({len(left)} cells; run it again):")
         print("  " + ", ".join(f"{case.name} {way} {impl}" for case, impl, way in left))
@@ -86,7 +90,7 @@ def chosen(
     """The cells of comma-separated cases and implementations, peers beside ours case by case.
 
     Raises:
-        ConfigError: an unknown name, or a length that is no multiple of 128.
+        ConfigError: an unknown name, no cell left, or a length that is no multiple of 128.
     """
     usual = [name for name in KINDS if name not in ON_REQUEST]
     names = usual if impl is None else list(dict.fromkeys(impl.split(",")))
@@ -94,7 +98,7 @@ def chosen(
         if name not in KINDS:
             raise ConfigError(f"--impl {name}", "is not timed here", f"use {', '.join(KINDS)}")
     ways = {"fwd": (FORWARD,), "bwd": (BOTH,), "both": (FORWARD, BOTH)}[direction]
-    return [
+    cells: list[Cell] = [
         (one, name, way)
         for one in bench_cases.chosen(case, seq_len)
         for name in names
@@ -103,13 +107,19 @@ def chosen(
         for way in ways
         if way in one.directions
     ]
+    if not cells:
+        raise ConfigError(
+            f"--case {case} --impl {impl} --direction {direction}", "is no cell",
+            "decode and mla-576 have a forward alone, and decode is timed for ours",
+        )
+    return cells
 
 
 def run(
     cells: list[Cell], workers: Mapping[str, Any], out: Path | None, seconds: float | None = None,
     again: bool = False, command: str = "", say: Callable[[str], None] = print,
-) -> tuple[list[dict[str, Any]], list[Cell]]:
-    """Measure ``cells``; every stored row afterwards, and the cells for which no time was left.
+) -> tuple[list[dict[str, Any]], list[Cell], list[Cell]]:
+    """Measure ``cells``; every row afterwards, the cells measured now, and those left for later.
 
     Args:
         workers: "jax" (always) and, if a cell needs it, "torch"; see ``bench_worker.Worker``.
@@ -145,21 +155,25 @@ def run(
             fresh = old and all(old[n] == row[n] for n in ("versions", "revision"))
             if again or not fresh:
                 todo.append(((case, impl, way), row))
+        if again:  # the longest ago first, so that limited runs go round
+            todo.sort(key=lambda item: kept.get(_key(item[1]), {"run": ""})["run"])
         say(f"{stamp['device']}: {len(todo)} cells, {len(cells) - len(todo)} stored already")
+        done: list[Cell] = []
         session = _Session(workers, stamps, seconds, started)
         with tempfile.TemporaryDirectory() as folder:
             session.folder = Path(folder)
-            for i, (cell, row) in enumerate(todo):
+            for cell, row in todo:
                 measured = session.cell(*cell)
                 if measured is None:
-                    return list(kept.values()), [cell for cell, _ in todo[i:]]
+                    break
+                done.append(cell)
                 row |= measured
                 _derive(row, cell[0])
                 kept[_key(row)] = row
                 if out is not None:
                     save(out, list(kept.values()))
                 say(bench_report.line(row))
-        return list(kept.values()), []
+        return list(kept.values()), done, [cell for cell, _ in todo[len(done) :]]
     finally:
         for worker in workers.values():
             worker.stop()
