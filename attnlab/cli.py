@@ -93,8 +93,9 @@ COMMANDS: dict[str, Command] = {
         tokenize.parser, tokenize.run,
     ),
     "bench": Command(
-        "Time the training step of a recipe on this machine.",
-        "attnlab bench train --recipe 350m --batch 8 --seq-len 4096",
+        "Time the training step of a recipe, or the attention op against its peers, here.",
+        "attnlab bench train --recipe 350m --batch 8 --seq-len 4096\n"
+        "attnlab bench attention --case causal-128,t5 --seconds 450 --out rows.json",
         bench.parser, bench.run,
     ),
     "convert": Command(

@@ -104,6 +104,13 @@ def test_version(capsys):
         ("bench train --warmup -1", ("--warmup -1", "at least 0", "use 0 or more")),
         ("bench train --batch 0", ("--batch 0", "at least 1", "use 1 or more")),
         ("bench train --seq-len 0", ("seq_len = 0", "at least 2", "use 2 or more")),
+        ("bench train --case t5", ("--case", "nothing to bench train", "leave it out")),
+        ("bench attention --steps 3", ("--steps", "nothing to bench attention", "leave it out")),
+        ("bench attention --case t6", ("--case t6", "not a case", "use causal-128")),
+        ("bench attention --impl gpus", ("--impl gpus", "not timed here", "use gpu")),
+        ("bench attention --seq-len 100", ("--seq-len 100", "multiple of 128", "use 16384")),
+        ("bench attention --case decode --impl flex", ("--case decode", "no cell", "for ours")),
+        ("bench attention --seconds 0", ("--seconds 0", "must be positive", "use 480")),
         ("list --jsn", ("--jsn", "not a flag of attnlab list", "use --json")),
     ],
 )
