@@ -195,7 +195,7 @@ def _call(
         },
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem,
+            vmem_limit_bytes=vmem, disable_bounds_checks=True,
         ),
     )(table, flush, jnp.full((1,), base, jnp.int32), *given)
     dq, dk, dv, *sums = out

@@ -35,6 +35,7 @@ from attnlab.ops.attention.tpu_scores import (
     folded,
     lanes,
     product,
+    reciprocal,
 )
 from attnlab.ops.attention.tpu_steps import FIRST, LAST, Steps, column_of, has, kind_of, row_of
 from attnlab.ops.attention.tpu_tiles import LANES, Plan, gathered, specs
@@ -124,7 +125,7 @@ def _call(plan, q, k, v, steps, arrays, leads, out, vmem, interpret, table, leng
         out_shape=out, input_output_aliases=aliases, interpret=interpret,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=vmem,
+            vmem_limit_bytes=vmem, disable_bounds_checks=True,
         ),
         name="attnlab_fwd",
     )(table, *given)
@@ -140,7 +141,7 @@ def _kernel(plan: Plan, entry, leads, G: int, unread: int, table, *refs):
         plan, gathered(plan, rest), leads, b, n, row_of(here) * plan.block_q,
         column_of(here) * plan.block_k,
     )
-    V = a_ref.shape[-1]
+    V, along = a_ref.shape[-1], _lse_width(plan) is None
 
     @pl.when(has(here, FIRST))
     def _():
@@ -170,19 +171,22 @@ def _kernel(plan: Plan, entry, leads, G: int, unread: int, table, *refs):
 
     @pl.when(has(here, LAST))
     def _():
-        top = m_ref[...]
-        total = jnp.broadcast_to(jnp.sum(l_ref[...], 1, keepdims=True), top.shape)
-        factor = jnp.ones(top.shape, jnp.float32)
+        top, shares = m_ref[...], l_ref[...]
+        total = jnp.broadcast_to(jnp.sum(shares, 1, keepdims=True), top.shape)
+        factor = None
         if "sink" in dict(plan.names):
             logit, rank = tile.operand("sink", dict(plan.names)["sink"])
-            logit = logit if rank == "row" else tile.lift(logit, rank, "row")
-            sink = logit * LOG2E
+            sink = (logit if rank == "row" else tile.lift(logit, rank, "row")) * LOG2E
             both = jnp.maximum(top, sink)
-            factor = jnp.exp2(top - both)
+            factor, top = jnp.exp2(top - both), both
             total = total * factor + jnp.exp2(sink - both)
-            top = both
+        share = reciprocal(total)
+        share = share if factor is None else share * factor
+        o_ref[0, 0] = (a_ref[...] * lanes(share, V)).astype(o_ref.dtype)
+        if along:  # one transposition for both, and few vectors to take logarithms of
+            lane = lax.broadcasted_iota(jnp.int32, top.shape, 1)
+            both = jnp.transpose(jnp.where(lane < LANES // 2, top, total))
+            top, total = both[:1], both[LANES // 2 : LANES // 2 + 1]
         alive = total > 0
-        total = jnp.where(alive, total, 1.0)
-        o_ref[0, 0] = (a_ref[...] * lanes(factor / total, V)).astype(o_ref.dtype)
-        lse = jnp.where(alive, (top + jnp.log2(total)) * (1 / LOG2E), -math.inf)
-        lse_ref[0, 0] = jnp.transpose(lse)[:1] if _lse_width(plan) is None else lse
+        lse = (top + jnp.log2(jnp.where(alive, total, 1.0))) * (1 / LOG2E)
+        lse_ref[0, 0] = jnp.where(alive, lse, -math.inf)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from attnlab.core.staging import Body
@@ -165,3 +166,10 @@ def product(a, b, axes: tuple[int, int]):
         a, b, (((axes[0],), (axes[1],)), ((), ())), precision=exact,
         preferred_element_type=jnp.float32,
     )
+
+
+def reciprocal(x):
+    """``1 / x`` of numbers from 0 on, in float32 but for the last bit; of 0 a large number."""
+    x = jnp.maximum(x, 1e-37)
+    guess = pl.reciprocal(x, approx=True)
+    return guess * (2.0 - x * guess)
