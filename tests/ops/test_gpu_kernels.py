@@ -37,7 +37,7 @@ def packed(T: int, lengths: tuple[int, ...]):
     return jnp.asarray(np.concatenate(places)[None], jnp.int32), jnp.asarray(segments[None])
 
 
-SHAPES = {"gqa": (200, 4, 2, 64, 64), "wide": (200, 2, 2, 128, 128), "mla": (200, 2, 2, 192, 128)}
+SHAPES = {"gqa": (203, 4, 2, 64, 64), "wide": (200, 2, 2, 128, 128), "mla": (200, 2, 2, 192, 128)}
 
 CASES = {
     "causal": dict(shape="gqa"),

@@ -99,7 +99,7 @@ def forward(
     from attnlab.ops.attention.gpu_tiles import capped, make_plan, pair_mod
 
     T, S, N, V = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
-    q, k, v = (_to_multiple(x, 64) for x in (q, k, v))
+    q, k, v = (_whole(x) for x in (q, k, v))
     score = capped(score, logit_cap)
     if score is not None:
         score = score.bound(q.shape[0], N)
@@ -124,12 +124,13 @@ def forward(
     static = _Static(options, interpret)
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
     o, lse = _attend(static, q, k, v, sink, handed, (seen, mask, q_coords, k_coords))
-    return o[..., :V], lse[:, :, :T].swapaxes(1, 2)
+    return o[:, :T, :, :V], lse[:, :, :T].swapaxes(1, 2)
 
 
-def _to_multiple(x, size: int):
-    extra = -x.shape[-1] % size
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, extra)]) if extra else x
+def _whole(x):
+    """``x[B, T, N, H]`` with zeros up to the 8 tokens and 64 numbers of a shared-memory tile."""
+    tokens, width = -x.shape[1] % 8, -x.shape[3] % 64
+    return jnp.pad(x, [(0, 0), (0, tokens), (0, 0), (0, width)]) if tokens or width else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -194,7 +195,7 @@ def _attend_bwd(static, residuals, cotangents):
         sums, row_sums = row_sums[:count], row_sums[count:]
         if i in tiles:
             numbers = jnp.stack([x.sum(-1) for x in sums], -1)
-            x = gpu_distance.folded(plan.diagonals, numbers, tiles[i], T, k.shape[1])
+            x = gpu_distance.folded(plan.diagonals, numbers, tiles[i], plan.T, plan.S)
             dhanded[i] = _like(x, handed[i], whole=True)
         else:
             dhanded[i] = _like(sums[0], handed[i])
