@@ -93,8 +93,9 @@ COMMANDS: dict[str, Command] = {
         tokenize.parser, tokenize.run,
     ),
     "bench": Command(
-        "Time the training step of a recipe on this machine.",
-        "attnlab bench train --recipe 350m --batch 8 --seq-len 4096",
+        "Time the training step of a recipe, or judge attention kernels without their device.",
+        "attnlab bench train --recipe 350m --batch 8 --seq-len 4096\n"
+        "attnlab bench attention --target v5e --shape llama3-8b-8k --blocks all",
         bench.parser, bench.run,
     ),
     "convert": Command(

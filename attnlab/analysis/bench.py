@@ -23,8 +23,7 @@ CHECKED = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``attnlab bench``."""
-    parser.add_argument("what", choices=["train"], help="train: the training step of a recipe")
+    """The options of ``attnlab bench train``."""
     parser.add_argument("--recipe", default="350m", help="recipe to time (default: 350m)")
     parser.add_argument("--batch", type=int, default=8, help="rows a step (default: 8)")
     parser.add_argument("--seq-len", type=int, help="tokens a row (default: the recipe's)")
