@@ -73,7 +73,7 @@ def config(H: int, V: int) -> Config:
         return Config(stages=8)
     if max(H, V) <= 128:
         return Config(stages=4)
-    return Config(tile=32, stages=4, consumers=1)
+    return Config(stages=4 if H + V <= 320 else 2, consumers=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +166,8 @@ def forward(
         interpret=interpret,
     )
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
-    o, lse = gpu_decode.combine(static, *partial, plan, sink, V, q.dtype, interpret=interpret)
-    o = o.reshape(B, K, -1, V)[:, :, : t * G].reshape(B, K, t, G, V)
+    o, lse = gpu_decode.combine(static, *partial, plan, sink, q.dtype, interpret=interpret)
+    o = o.reshape(B, K, -1, o.shape[-1])[:, :, : t * G, :V].reshape(B, K, t, G, V)
     lse = lse.reshape(B, K, -1)[:, :, : t * G].reshape(B, K, t, G)
     return (
         o.transpose(0, 2, 1, 3, 4).reshape(B, t, N, V), lse.transpose(0, 2, 1, 3).reshape(B, t, N)

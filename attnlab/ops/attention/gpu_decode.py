@@ -30,6 +30,7 @@ from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER
 
 COLUMN = LAYOUT.reduce(0)
 PRODUCER_REGISTERS = 40
+LANES = 128  # threads of a warpgroup: rows of pieces take whole multiples of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +60,26 @@ class Static:
         assert threads <= min(512, (c.consumers + 1) * 255) and c.registers <= 240, c
 
 
-def _staging(rows: int, width: int) -> Any:
-    """fp32 results on their way out."""
-    return plgpu.SMEM(
-        (rows, width), jnp.float32,
+def _query_and_result(consumers: int, H: int, V: int, dtype) -> Any:
+    """Shared memory where the result of a warpgroup takes the place of its query rows.
+
+    The rows of one must never lie on those of the other's neighbour: both lie equally far apart.
+    """
+    apart = max(ROWS * H * 2, ROWS * V * 4)
+    q_rows, o_rows = (8 * -(-apart // (8 * w * size)) for w, size in ((H, 2), (V, 4)))
+    assert min(q_rows * H * 2, o_rows * V * 4) >= apart
+    result = plgpu.SMEM(
+        (consumers, o_rows, V), jnp.float32,
         transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
     )
+    return plgpu.RefUnion(tiled(dtype, consumers, q_rows, H), result)
 
 
 def pieces(
     static: Static, q, k, v, work: Work, pages, lengths, limits, coords, *, interpret: Any = None
 ):
-    """``(o fp32 [places, R, V], lse2 fp32 [places, 64])``: what each part found of its tasks.
+    """``(o fp32 [places, R, V'], lse2 fp32 [places, 64])``: what each part found of its tasks, with
+    V' the next multiple of 128.
 
     Args:
         q: ``[tasks, R, H]``, rows of (token, head) pairs. k, v: contiguous or pools. pages: int32
@@ -94,7 +103,7 @@ def pieces(
     named |= dict(zip(("k_pos", "k_seg", "q_seg"), coords or ()))
     named = {name: x for name, x in named.items() if x is not None}
     outs = [
-        jax.ShapeDtypeStruct((places, R, V), jnp.float32),
+        jax.ShapeDtypeStruct((places, R, -(-V // LANES) * LANES), jnp.float32),
         jax.ShapeDtypeStruct((places, ROWS), jnp.float32),
     ]
 
@@ -102,7 +111,8 @@ def pieces(
         ref = dict(zip(named, refs))
         o_ref, lse_ref = refs[len(named) :]
 
-        def scoped(q_smem, k_smem, v_smem, o_smem, lse_smem, p_smem, q_bar, k_bar, v_bar, free):
+        def scoped(qo_smem, k_smem, v_smem, lse_smem, p_smem, q_bar, k_bar, v_bar, free):
+            q_smem, o_smem = qo_smem
             wg, part = lax.axis_index("wg"), lax.axis_index("part")
             share = ref["share"][0]
             begin, end = part * share, (part + 1) * share
@@ -156,11 +166,11 @@ def pieces(
             def _compute():
                 if interpret is None:
                     plgpu.set_max_registers(c.registers, action="increase")
-                mine, result = q_smem.at[wg], o_smem.at[wg]
+                mine, result = (x.at[wg, pl.ds(0, ROWS)] for x in (q_smem, o_smem))
 
                 def one(task, row, x0, count, before):
                     plgpu.copy_gmem_to_smem(
-                        ref["q"].at[task], mine.at[pl.ds(0, R)], q_bar.at[wg]
+                        ref["q"].at[task], q_smem.at[wg, pl.ds(0, R)], q_bar.at[wg]
                     )
                     limit = row_vector("limits", task, row)
                     own = row_vector("q_seg", task, row) if "q_seg" in ref else None
@@ -219,7 +229,9 @@ def pieces(
                     lse_smem[wg] = m + jnp.log2(l)
                     plgpu.commit_smem()
                     to = (task + part) * consumers + wg
-                    plgpu.copy_smem_to_gmem(result.at[pl.ds(0, R)], o_ref.at[to])
+                    plgpu.copy_smem_to_gmem(
+                        o_smem.at[wg, pl.ds(0, R)], o_ref.at[to, pl.ds(0, R), pl.ds(0, V)]
+                    )
                     plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[to])
                     plgpu.wait_smem_to_gmem(0)
 
@@ -259,13 +271,9 @@ def pieces(
         staged_p = tiled(dtype, consumers, ROWS, tile) if interpret is not None else None
         pl.run_scoped(
             scoped,
-            tiled(dtype, consumers, ROWS, H),
+            _query_and_result(consumers, H, V, dtype),
             tiled(dtype, stages, tile, H),
             tiled(dtype, stages, tile, V),
-            plgpu.SMEM(
-                (consumers, ROWS, V), jnp.float32,
-                transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
-            ),
             plgpu.SMEM((consumers, ROWS), jnp.float32),
             staged_p,
             plgpu.Barrier(num_barriers=consumers),
@@ -288,13 +296,13 @@ def pieces(
     )(*named.values())
 
 
-def combine(static: Static, o, lse2, work: Work, sink, V: int, dtype, *, interpret: Any = None):
-    """``(o [tasks, R, V], lse fp32 [tasks, R])`` of the pieces of ``pieces``.
+def combine(static: Static, o, lse2, work: Work, sink, dtype, *, interpret: Any = None):
+    """``(o [tasks, R, V'], lse fp32 [tasks, R])`` of the pieces of ``pieces``.
 
     Args:
         sink: float32 ``[N]`` or None: the logit that joins the denominator of its head.
     """
-    tasks, R = work.start.shape[0] - 1, o.shape[1]
+    tasks, (_, R, V) = work.start.shape[0] - 1, o.shape
     consumers = static.sizes.consumers
     inputs = [o, lse2, work.start, work.share, *([] if sink is None else [sink])]
     outs = [
