@@ -60,10 +60,11 @@ class Static:
         assert threads <= min(512, (c.consumers + 1) * 255) and c.registers <= 240, c
 
 
-def _query_and_result(consumers: int, H: int, V: int, dtype) -> Any:
+def _query_and_result(consumers: int, H: int, V: int, dtype, interpret) -> Any:
     """Shared memory where the result of a warpgroup takes the place of its query rows.
 
     The rows of one must never lie on those of the other's neighbour: both lie equally far apart.
+    The race detector takes a union for one thing, so in the interpreter there is none.
     """
     apart = max(ROWS * H * 2, ROWS * V * 4)
     q_rows, o_rows = (8 * -(-apart // (8 * w * size)) for w, size in ((H, 2), (V, 4)))
@@ -72,7 +73,8 @@ def _query_and_result(consumers: int, H: int, V: int, dtype) -> Any:
         (consumers, o_rows, V), jnp.float32,
         transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
     )
-    return plgpu.RefUnion(tiled(dtype, consumers, q_rows, H), result)
+    queries = tiled(dtype, consumers, q_rows, H)
+    return plgpu.RefUnion(queries, result) if interpret is None else (queries, result)
 
 
 def pieces(
@@ -271,7 +273,7 @@ def pieces(
         staged_p = tiled(dtype, consumers, ROWS, tile) if interpret is not None else None
         pl.run_scoped(
             scoped,
-            _query_and_result(consumers, H, V, dtype),
+            _query_and_result(consumers, H, V, dtype, interpret),
             tiled(dtype, stages, tile, H),
             tiled(dtype, stages, tile, V),
             plgpu.SMEM((consumers, ROWS), jnp.float32),
