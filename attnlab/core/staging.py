@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
@@ -42,6 +43,7 @@ _ELEMENTWISE = frozenset(
     "clamp convert_element_type is_finite copy copy_p stop_gradient".split()
 )
 _SHAPES = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims"))
+_PLACES = ("_pos", "_index")
 _ATOMS = {"score": "s", "batch": "b", "head": "n", "q_pos": "q", "q_index": "q", "q_segment": "q",
           "k_pos": "k", "k_index": "k", "k_segment": "k"}
 
@@ -50,9 +52,9 @@ _ATOMS = {"score": "s", "batch": "b", "head": "n", "q_pos": "q", "q_index": "q",
 class _Step:
     """One primitive of the flattened program; operands are variable numbers or constants."""
 
-    primitive: Any
+    primitive: Any  # None: the float32 value of one coordinate, or the difference of two
     params: dict[str, Any]
-    operands: tuple[Any, ...]  # int: a variable; _Constant: a literal
+    operands: tuple[Any, ...]  # int: variable; _Constant: literal; str: a float coordinate
     results: tuple[int, ...]
 
 
@@ -77,6 +79,8 @@ class Body:
     Args:
         handed: the hoisted values in order. coordinates: coordinates it still reads. primitives:
             names of the primitives it needs. refusal: why a kernel cannot compute it, or None.
+        floats: coordinates it reads as float32; differences of two of them are taken after the
+            conversion, which is exact below 2**24 and spares a conversion a pair.
     """
 
     program: Program
@@ -87,6 +91,7 @@ class Body:
     coordinates: frozenset[str]
     primitives: frozenset[str]
     refusal: str | None
+    floats: frozenset[str] = frozenset()
 
     def __call__(
         self, values: dict[str, tuple[Any, str]], handed: list[tuple[Any, str]],
@@ -95,13 +100,14 @@ class Body:
         """The result on a tile.
 
         Args:
-            values: coordinate (and "score") to its value and rank; ranks are "scalar", "row"
-                (a vector beside the queries), "column", "tile".
+            values: coordinate (and "score", and coordinates of ``floats`` as "float q_pos") to its
+                value and rank; ranks are "scalar", "row" (a vector beside the queries), "column",
+                "tile".
             handed: value and rank of each entry of ``handed``.
             lift: ``lift(value, rank, to)``, the value broadcast to a higher rank.
         """
-        known: dict[int, tuple[Any, str]] = {
-            self.inputs[name]: value for name, value in values.items() if name in self.inputs
+        known: dict[Any, tuple[Any, str]] = {
+            self.inputs.get(name, name): value for name, value in values.items()
         }
         for entry, (value, rank) in zip(self.handed, handed, strict=True):
             known[entry.variable] = (value != 0 if entry.dtype == "bool" else value, rank)
@@ -112,14 +118,18 @@ class Body:
         for step in self.steps:
             given = [operand(x) for x in step.operands]
             rank = functools.reduce(_join, (r for _, r in given), "scalar")
-            if step.primitive.name in _SHAPES:
+            if step.primitive is not None and step.primitive.name in _SHAPES:
                 known[step.results[0]] = given[0]
                 continue
             arguments = [_as_array(v) if r == rank else lift(_as_array(v), r, rank)
                          for v, r in given]
             params = {k: v for k, v in step.params.items() if k != "sharding"}
-            if step.primitive.name == "convert_element_type":
+            if step.primitive is None:
+                out = arguments[0] - arguments[1] if len(arguments) > 1 else arguments[0]
+            elif step.primitive.name == "convert_element_type":
                 out = lax.convert_element_type(arguments[0], params["new_dtype"])
+            elif step.primitive.name == "div" and given[1][1] == "scalar" != rank and _real(given):
+                out = arguments[0] * lift(1 / _as_array(given[1][0]), "scalar", rank)
             elif step.primitive.name == "select_n":
                 out = jnp.where(arguments[0], arguments[2], arguments[1])
             else:
@@ -127,6 +137,10 @@ class Body:
             known[step.results[0]] = (out, rank)
         value, rank = operand(self.result)
         return value if rank == "tile" else lift(_as_array(value), rank, "tile")
+
+
+def _real(given) -> bool:
+    return all(jnp.issubdtype(_as_array(v).dtype, jnp.floating) for v, _ in given)
 
 
 def _as_array(value):
@@ -166,13 +180,32 @@ def split(program: Program, T: int, S: int) -> Body:
     kept: dict[int, _Step] = {}
     refusal: list[str] = []
     coordinates: set[str] = set()
+    floats: set[str] = set()
     names = {v: name for name, v in inputs.items()}
+
+    def as_floats(v) -> tuple[str, ...] | None:
+        """The coordinates whose float32 values (or their difference) ``v`` is."""
+        step = source.get(v)
+        if step is None or step.primitive.name != "convert_element_type":
+            return None
+        if step.params["new_dtype"] != jnp.float32 or isinstance(step.operands[0], _Constant):
+            return None
+        read = (step.operands[0],)
+        if read[0] in source and source[read[0]].primitive.name == "sub":
+            read = source[read[0]].operands
+        if all(not isinstance(x, _Constant) and names.get(x, "head")[1:] in _PLACES for x in read):
+            return tuple(names[x] for x in read)
+        return None
 
     def need(v) -> None:
         if isinstance(v, _Constant) or v in handed or v in kept:
             return
         if v in names and names[v] not in ("head", "batch"):
             coordinates.add(names[v])
+            return
+        if isinstance(floated := as_floats(v), tuple):
+            floats.update(floated)
+            kept[v] = _Step(None, {}, tuple(f"float {name}" for name in floated), (v,))
             return
         group = _group(depends[v], bool(looks_up.get(v)))
         if not depends[v] and not looks_up.get(v) and v in source:
@@ -202,10 +235,11 @@ def split(program: Program, T: int, S: int) -> Body:
             need(x)
 
     need(result)
-    order = [s for s in steps if s.results[0] in kept]
+    order = [kept[s.results[0]] for s in steps if s.results[0] in kept]
     return Body(
         program, tuple(order), inputs, result, tuple(handed.values()), frozenset(coordinates),
-        frozenset(s.primitive.name for s in order), refusal[0] if refusal else None,
+        frozenset(s.primitive.name for s in order if s.primitive is not None),
+        refusal[0] if refusal else None, frozenset(floats),
     )
 
 
@@ -244,6 +278,76 @@ def values(mod: Mod, body: Body, q: Any, k: Any) -> list[jax.Array]:
     return [
         _hoist(mod, steps, body, entry, sources[entry.group]) for entry in body.handed
     ]
+
+
+def index_runs(body: Body, T: int, S: int) -> np.ndarray:
+    """Distances that look up the same entries have the same number: int ``[S - 1 + T]``, ascending.
+
+    The first is the distance ``-(S - 1)``. Where a value handed by distance depends on the distance
+    not only through the indices of its lookups, or where the indices depend on more than the
+    distance, every distance has its own number.
+    """
+    own = np.arange(S - 1 + T)
+    steps, _, _, _ = _flatten(body.program)
+    by_result = {r: s for s in steps for r in s.results}
+    inputs = {v: name for name, v in body.inputs.items()}
+    captured = set(range(len(body.program.jaxpr.invars) - len(body.inputs)))
+
+    def free_of(v, kinds) -> bool:  # no input for which kinds(name) holds is read on the way to v
+        if isinstance(v, _Constant) or v in captured:
+            return True
+        if v in inputs:
+            return not kinds(inputs[v])
+        return all(free_of(x, kinds) for x in by_result[v].operands)
+
+    indices: list[Any] = []
+
+    def collect(v) -> bool:  # the distance reaches v through lookups only
+        if isinstance(v, _Constant) or free_of(v, lambda name: name[0] in "qk"):
+            return True
+        step = by_result.get(v)
+        if step is None:
+            return False
+        if step.primitive.name in ("dynamic_slice", "gather"):
+            indices.extend(step.operands[1:])
+            return collect(step.operands[0])
+        return all(collect(x) for x in step.operands)
+
+    entries = [h.variable for h in body.handed if h.group == "distances"]
+    if not all(collect(v) for v in entries):
+        return own
+    indices = [v for v in dict.fromkeys(indices) if not isinstance(v, _Constant)]
+    indices = [v for v in indices if not free_of(v, lambda name: name[0] in "qk")]
+
+    def clean(v) -> bool:  # computed from the distance alone
+        if isinstance(v, _Constant):
+            return True
+        if v in captured or inputs.get(v, "q") in ("head", "batch", "score"):
+            return False
+        return v in inputs or all(clean(x) for x in by_result[v].operands)
+
+    if not all(clean(v) for v in indices):
+        return own
+    with jax.ensure_compile_time_eval():
+        span = jnp.arange(-(S - 1), T, dtype=jnp.int32)
+        env: dict[int, Any] = {}
+        for name, v in body.inputs.items():
+            env[v] = span if name in ("q_pos", "q_index") else jnp.zeros_like(span)
+
+        def value(v):
+            if isinstance(v, _Constant):
+                return jnp.asarray(v.value)
+            if v not in env:
+                step = by_result[v]
+                given = [value(x) for x in step.operands]
+                lanes = [jnp.broadcast_to(x, span.shape) for x in given]
+                one = functools.partial(step.primitive.bind, **step.params)
+                env[v] = jax.vmap(one)(*lanes)
+            return env[v]
+
+        table = np.stack([np.asarray(value(v)) for v in indices]) if indices else np.zeros((1, 1))
+    table = np.broadcast_to(table, (table.shape[0], own.shape[0]))
+    return np.cumsum(np.concatenate([[0], (table[:, 1:] != table[:, :-1]).any(0)]))
 
 
 _TAIL = {"heads": "", "rows": "t", "columns": "s", "distances": "d", "dense": "ts"}

@@ -24,7 +24,7 @@ from attnlab.ops.attention.blocks import BlockLists, block_lists
 
 HALF = ("bfloat16", "float16")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-GROUPS = ("heads", "rows", "columns")
+GROUPS = ("heads", "rows", "columns", "distances")
 # What Mosaic GPU has no lowering for.
 MISSING = frozenset(
     "log1p expm1 pow cbrt tan floor ceil is_finite erf_inv erfc not atan2 population_count".split()
@@ -46,7 +46,18 @@ def _limits(call):
         f"H = {call.H}, V = {call.V}: served up to 128, and 192 with V up to 128"
     )
     if call.score is not None:
-        yield from _body_limits("score_mod", split(call.score, call.T, call.S))
+        body = split(call.score, call.T, call.S)
+        yield from _body_limits("score_mod", body)
+        if any(h.group == "distances" for h in body.handed):
+            from attnlab.ops.attention import gpu_distance
+
+            yield call.layout == "any", "a table by distance is served in layouts full and packed"
+            size = gpu_distance.tile_bytes(body, call.T, call.S, call.N)
+            yield size > gpu_distance.MOST_BYTES, (
+                f"the table by distance differs on too many diagonals: its tiles take {size} bytes"
+            )
+            blocks = any(isinstance(part, Blocks) for part in parts(call.mask))
+            yield blocks, "a table by distance is not served with Blocks"
     for part in parts(call.mask):
         if isinstance(part, MaskMod):
             yield from _body_limits("mask_mod", split(part.mod.program, call.T, call.S))
@@ -63,8 +74,9 @@ def _body_limits(what: str, body):
     yield body.refusal is not None, f"{what} {body.program.name}: {body.refusal}"
     missing = body.primitives & MISSING
     yield bool(missing), f"{what} {body.program.name} needs {', '.join(sorted(missing))}"
+    served = GROUPS if what == "score_mod" else GROUPS[:3]
     for entry in body.handed:
-        yield entry.group not in GROUPS, (
+        yield entry.group not in served, (
             f"{what} {body.program.name} looks up a captured array by "
             f"{'distance' if entry.group == 'distances' else 'query and key'}"
         )
@@ -130,7 +142,7 @@ def _attend_fwd(static, q, k, v, sink, handed, fixed):
 
 
 def _attend_bwd(static, residuals, cotangents):
-    from attnlab.ops.attention import gpu_backward
+    from attnlab.ops.attention import gpu_backward, gpu_distance
 
     q, k, v, sink, handed, fixed, o, lse = residuals
     do, dlse = cotangents
@@ -146,29 +158,46 @@ def _attend_bwd(static, residuals, cotangents):
     base2 = jnp.where(alive, lse * gpu_backward.LOG2E, 1e30)
     do = do.astype(q.dtype)
     config_q, config_kv = backward_configs(q.shape[-1], v.shape[-1])
-    grads = []
+    grads, plans = [], []
     for kernel, config, transposed in (
         (gpu_backward.grad_q, config_q, False), (gpu_backward.grad_kv, config_kv, True)
     ):
         plan, lists, order, operands = _prepared(static, config, handed, fixed, transposed)
+        plans.append((plan, operands))
         grads.append(
             kernel(plan, config, q, k, v, do, base2, delta, lists, order, operands,
                    interpret=static.interpret)
         )
     (dq, *row_sums), (dk, dv, *column_sums) = grads
+    plan, operands = plans[0]
     dhanded: list[Any] = [None] * len(handed)
-    for groups, sums in ((("heads", "rows"), row_sums), (("columns",), column_sums)):
-        for i, x in zip(gpu_backward.asked(plan, groups), sums, strict=True):
-            dhanded[i] = _like(x, handed[i])
+    for i, x in zip(gpu_backward.asked(plan, ("columns",)), column_sums, strict=True):
+        dhanded[i] = _like(x, handed[i])
+    tiles = {}
+    if asked := gpu_backward.asked(plan, ("distances",)):
+        found = gpu_distance.grad_tiles(
+            plan, plan.diagonals, q, k, v, do, base2, delta, operands, interpret=static.interpret
+        )
+        tiles = dict(zip(asked, found, strict=True))
+    counts = gpu_backward.row_sums(plan)
+    for i, count in zip(gpu_backward.asked(plan, gpu_backward.ROW_GROUPS), counts, strict=True):
+        sums, row_sums = row_sums[:count], row_sums[count:]
+        if i in tiles:
+            numbers = jnp.stack([x.sum(-1) for x in sums], -1)
+            x = gpu_distance.folded(plan.diagonals, numbers, tiles[i], T, k.shape[1])
+            dhanded[i] = _like(x, handed[i], whole=True)
+        else:
+            dhanded[i] = _like(sums[0], handed[i])
     for i, x in enumerate(handed):
         if dhanded[i] is None:
             dhanded[i] = np.zeros(x.shape, jax.dtypes.float0)
     return dq, dk, dv, dsink, dhanded, None
 
 
-def _like(x, given):
+def _like(x, given, whole: bool = False):
     """Sums ``[B, N, T']`` in the shape of the handed value: the axes it lacks are summed."""
-    x = x.sum(-1) if given.ndim == 2 else x[..., : given.shape[-1]]
+    if not whole:
+        x = x.sum(-1) if given.ndim == 2 else x[..., : given.shape[-1]]
     for axis in (0, 1):
         if given.shape[axis] == 1:
             x = x.sum(axis, keepdims=True)
@@ -183,7 +212,9 @@ def _prepared(static: _Static, config, handed, fixed, transposed: bool):
     from attnlab.ops.attention.gpu_tiles import coordinates, handed_operands
 
     seen, mask, q_coords, k_coords = fixed
-    plan = static.options["make"](block_q=config.block_q, block_k=config.block_k)
+    plan = static.options["make"](
+        block_q=config.block_q, block_k=config.block_k, transposed=transposed
+    )
     operands = [
         *handed_operands(plan, "score", handed), *handed_operands(plan, "mask", seen),
         *coordinates(plan, q_coords, k_coords),
