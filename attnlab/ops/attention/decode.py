@@ -33,7 +33,6 @@ from attnlab.core import axes
 from attnlab.core.dispatch import Device, Implementation, Op
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError, UnsupportedError
 from attnlab.core.layer import MAX_DECODE
-from attnlab.core.linear import widened
 from attnlab.core.mask import Causal, Coords, Mask, Segments, SinkTokens, Window
 from attnlab.ops.attention import decode_gpu, decode_reference, decode_xla
 
@@ -70,15 +69,11 @@ class Call:
     softmax_dtype: str = "float32"
 
 
-def _always(call: Call) -> str | None:
-    return None
-
-
 OP = Op(
     "decode",
     [
-        Implementation("reference", _always, decode_reference.forward),
-        Implementation("xla", _always, decode_xla.forward),
+        Implementation("reference", lambda call: None, decode_reference.forward),
+        Implementation("xla", lambda call: None, decode_xla.forward),
         decode_gpu.IMPLEMENTATION,
     ],
     {"cpu": ("xla",), "gpu": ("gpu", "xla"), "tpu": ("xla",)},
@@ -157,6 +152,13 @@ def decode(
     q, k, v = _without_gradient(q, k, v)
     o, lse = forward(q, k, v, lengths, pages, sink_logits, q_coords, k_coords)
     return (o, lse) if return_lse else o
+
+
+def decode_names(impl: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names in ``impl`` that this op has; None, and an empty tuple for names it lacks."""
+    if impl is None:
+        return None
+    return tuple(n for n in ((impl,) if isinstance(impl, str) else impl) if n in OP.implementations)
 
 
 @jax.custom_vjp

@@ -15,15 +15,16 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from attnlab.core.dispatch import Implementation
-from attnlab.core.mask import Mask
+from attnlab.core.dispatch import Device, Implementation
+from attnlab.core.mask import Mask, SinkTokens, Window
+from attnlab.core.mask import parts as mask_parts
 from attnlab.core.versions import JAX
 
 HALF = ("bfloat16", "float16")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
-CORES = 132  # multiprocessors of an H100 SXM or H200
 ROWS = 64  # (token, head) rows of a tile
 WIDTHS = (64, 128, 192, 256)
+PRODUCER_REGISTERS = 40  # a thread of the warpgroup that copies
 
 
 def supports(call) -> str | None:
@@ -67,6 +68,12 @@ class Config:
     registers: int = 232
 
 
+def cores(kind: str) -> int:
+    """Multiprocessors of a GPU: one part of the work each."""
+    few = {"H20": 78, "H100 PCIe": 114}
+    return next((n for name, n in few.items() if kind.endswith(name)), 132)
+
+
 def config(H: int, V: int) -> Config:
     """Sizes for key and value widths, within 227 KB of shared memory."""
     if max(H, V) <= 64:
@@ -74,6 +81,33 @@ def config(H: int, V: int) -> Config:
     if max(H, V) <= 128:
         return Config(stages=4)
     return Config(stages=4 if H + V <= 320 else 2, consumers=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """Static facts of a call.
+
+    Args:
+        B, K, G: shapes. tasks: tiles of 64 query rows a row and key/value head.
+        scale, cap, window, sinks: see ``decode``. sizes: of the kernel.
+    """
+
+    B: int
+    K: int
+    G: int
+    tasks: int
+    scale: float
+    cap: float | None
+    window: int | None
+    sinks: int
+    sizes: Config
+
+    def __post_init__(self):
+        c = self.sizes
+        assert c.stages % c.consumers == 0, c  # a slot has one reader: it counts all its phases
+        threads = c.consumers * c.registers + PRODUCER_REGISTERS
+        # A warpgroup that asks for more registers than there are waits for ever.
+        assert threads <= min(512, (c.consumers + 1) * 255) and c.registers <= 240, c
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +162,19 @@ def forward(
     softmax_dtype, splits, interpret: Any = None, sizes: Config | None = None,
 ):
     """Returns ``(o, lse)``; see ``decode``."""
-    from attnlab.ops.attention import gpu_decode
+    from attnlab.ops.attention import gpu_decode, gpu_merge
 
     B, t, N, H = q.shape
     K, V = v.shape[2:]
     G = N // K
     sizes = config(H, V) if sizes is None else sizes
     tile, tasks = sizes.tile, -(-t * G // ROWS)  # tasks of a row and key/value head
-    parts = CORES if splits is None else int(splits)
-    find = _windows(mask) is not None
+    parts = cores(Device.default().kind) if splits is None else int(splits)
+    window = next((p.size for p in mask_parts(mask) if isinstance(p, Window)), None)
+    sinks = next((p.count for p in mask_parts(mask) if isinstance(p, SinkTokens)), 0)
     plan = work(
-        mask, q_coords, k_coords, lengths, parts=parts, tasks=K * tasks, tile=tile, window=find
+        mask, q_coords, k_coords, lengths, parts=parts, tasks=K * tasks, tile=tile,
+        window=window is not None,
     )
     rows = -(-t * G // 8) * 8 if tasks == 1 else ROWS * tasks
     packed = q.reshape(B, t, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B * K, t * G, H)
@@ -158,15 +194,13 @@ def forward(
         pages = jnp.take_along_axis(pages, place, axis=1)
         pages = jnp.where(lengths[:, None] > 0, pages, 0).astype(jnp.int32)
         pages = jnp.pad(pages, [(0, 0), (0, -pages.shape[1] % max(tile // k.shape[1], 1))], "edge")
-    static = gpu_decode.Static(
-        B, K, G, tasks, float(scale), logit_cap, _windows(mask), _sinks(mask), sizes
-    )
+    static = Static(B, K, G, tasks, float(scale), logit_cap, window, sinks, sizes)
     partial = gpu_decode.pieces(
         static, packed, k, v, plan, pages, lengths.astype(jnp.int32), limits, coords,
         interpret=interpret,
     )
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
-    o, lse = gpu_decode.combine(static, *partial, plan, sink, q.dtype, interpret=interpret)
+    o, lse = gpu_merge.combine(static, *partial, plan, sink, q.dtype, interpret=interpret)
     o = o.reshape(B, K, -1, o.shape[-1])[:, :, : t * G, :V].reshape(B, K, t, G, V)
     lse = lse.reshape(B, K, -1)[:, :, : t * G].reshape(B, K, t, G)
     return (
@@ -178,18 +212,6 @@ def _rows(x, size: int, fill: int = 0):
     """``x`` with its second axis extended to ``size``."""
     widths = [(0, 0), (0, size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
     return jnp.pad(x, widths, constant_values=fill)
-
-
-def _windows(mask: Mask) -> int | None:
-    from attnlab.core.mask import Window, parts
-
-    return next((part.size for part in parts(mask) if isinstance(part, Window)), None)
-
-
-def _sinks(mask: Mask) -> int:
-    from attnlab.core.mask import SinkTokens, parts
-
-    return next((part.count for part in parts(mask) if isinstance(part, SinkTokens)), 0)
 
 
 IMPLEMENTATION = Implementation("gpu", supports, forward, partitions=False)

@@ -41,7 +41,7 @@ class _Cache:
     def read(self, j):
         """``(k, v, coordinates, present[B, tile])`` of tile ``j``; a key is present in one tile."""
         S = self.coords.index.shape[0]
-        start = jnp.minimum(j * self.tile, S - self.tile)  # the last tile may overlap the one before
+        start = jnp.minimum(j * self.tile, S - self.tile)  # the last one may begin earlier
         cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=self.tile)
         index = cut(self.coords.index)
         positions, segments = (
@@ -79,16 +79,14 @@ def forward(
 
     def tile(j):
         keys, values, coords, present = cache.read(j)
-        z = scale * jnp.einsum("btkgh,bskh->bkgts", rows, keys, preferred_element_type=softmax_dtype)
+        z = scale * _dot("btkgh,bskh->bkgts", rows, keys, softmax_dtype)
         if logit_cap is not None:
             z = logit_cap * jnp.tanh(z / logit_cap)
         seen = mask.visible(q_coords, coords) & present[:, None, None]
         z = jnp.where(seen[:, :, None], z, -jnp.inf)
         top = z.max(-1, keepdims=True)
         e = jnp.exp(z - _finite(top))
-        acc = jnp.einsum(
-            "bkgts,bskv->bkgtv", e.astype(dtype), values, preferred_element_type=softmax_dtype
-        )
+        acc = _dot("bkgts,bskv->bkgtv", e.astype(dtype), values, softmax_dtype)
         return top, e.sum(-1, keepdims=True), acc
 
     tiles = -(-S // size)
@@ -132,6 +130,10 @@ def _merge(one, other):
     top = jnp.maximum(one[0], other[0])
     a, b = (jnp.exp(x[0] - _finite(top)) for x in (one, other))
     return top, one[1] * a + other[1] * b, one[2] * a + other[2] * b
+
+
+def _dot(equation: str, a, b, dtype):
+    return jnp.einsum(equation, a, b, preferred_element_type=dtype)
 
 
 def _finite(x):

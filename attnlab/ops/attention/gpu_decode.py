@@ -4,7 +4,7 @@ The query rows of a task are the ``t G`` (token, head) pairs of a key/value grou
 warpgroup copies tiles of keys and values, page by page, into a ring of shared memory and runs ahead
 over the ends of tasks; each of the others takes every second tile, with its own running maximum,
 sum and accumulator in registers, and writes a piece ``o = acc / l`` and ``lse2 = m + log2 l`` a
-task. ``combine`` merges pieces: ``o = sum_p w_p o_p / sum_p w_p`` with ``w_p = exp2(lse2_p)``.
+task; ``gpu_merge`` merges them.
 
 Bytes of a call: ``sum_b lengths[b] K (H + V) itemsize``, read once: 8.6 GB for 64 rows of 32768
 keys, 8 heads of 128 + 128, bf16: at least 1.8 ms at 4.8 TB/s. Pieces are ``(tasks + parts) 2 R``
@@ -15,7 +15,6 @@ of its bytes.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -24,40 +23,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attnlab.ops.attention.decode_gpu import ROWS, Config, Work
+from attnlab.ops.attention.decode_gpu import PRODUCER_REGISTERS, ROWS, Static, Work
 from attnlab.ops.attention.gpu_forward import ROW, drain, tiled
 from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER
 
 COLUMN = LAYOUT.reduce(0)
-PRODUCER_REGISTERS = 40
 LANES = 128  # threads of a warpgroup: rows of pieces take whole multiples of them
-
-
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """Static facts of a call.
-
-    Args:
-        B, K, G: shapes. tasks: tiles of 64 query rows a row and head. scale, cap, window, sinks:
-            see ``decode``. sizes: of the kernel.
-    """
-
-    B: int
-    K: int
-    G: int
-    tasks: int
-    scale: float
-    cap: float | None
-    window: int | None
-    sinks: int
-    sizes: Config
-
-    def __post_init__(self):
-        c = self.sizes
-        assert c.stages % c.consumers == 0, c  # a slot has one reader: it counts all its phases
-        threads = c.consumers * c.registers + PRODUCER_REGISTERS
-        # A warpgroup that asks for more registers than there are waits for ever.
-        assert threads <= min(512, (c.consumers + 1) * 255) and c.registers <= 240, c
 
 
 def _query_and_result(consumers: int, H: int, V: int, dtype, interpret) -> Any:
@@ -296,55 +267,3 @@ def pieces(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **keywords,
     )(*named.values())
-
-
-def combine(static: Static, o, lse2, work: Work, sink, dtype, *, interpret: Any = None):
-    """``(o [tasks, R, V'], lse fp32 [tasks, R])`` of the pieces of ``pieces``.
-
-    Args:
-        sink: float32 ``[N]`` or None: the logit that joins the denominator of its head.
-    """
-    tasks, (_, R, V) = work.start.shape[0] - 1, o.shape
-    consumers = static.sizes.consumers
-    inputs = [o, lse2, work.start, work.share, *([] if sink is None else [sink])]
-    outs = [
-        jax.ShapeDtypeStruct((tasks, R, V), dtype), jax.ShapeDtypeStruct((tasks, R), jnp.float32)
-    ]
-
-    def kernel(o_ref, lse_ref, start_ref, share_ref, *rest):
-        sink_ref, (out_ref, total_ref) = rest[0], rest[-2:]
-        at = lax.axis_index("row")
-        task, r = lax.div(at, R), lax.rem(at, R)
-        low, high, share = start_ref[task], start_ref[task + 1], share_ref[0]
-        part = lax.div(low, share)
-        number = jnp.where(high > low, lax.div(high - 1, share) - part + 1, 0) * consumers
-        begin = (task + part) * consumers
-
-        def step(i, carry):
-            acc, m, l = carry
-            lse = lse_ref[begin + i, r]
-            top = jnp.maximum(m, lse)
-            old, new = jnp.exp2(m - top), jnp.exp2(lse - top)
-            piece = plgpu.load(o_ref.at[begin + i, r], (), optimized=False)
-            return acc * old + piece * new, top, l * old + new
-
-        m, l = jnp.float32(NEVER), jnp.float32(0)
-        if sink is not None:
-            head = lax.rem(lax.div(task, static.tasks), static.K)
-            row = lax.rem(task, static.tasks) * ROWS + r
-            m, l = sink_ref[head * static.G + lax.rem(row, static.G)] * LOG2E, jnp.float32(1)
-        acc = jnp.zeros((V,), jnp.float32)
-        acc, m, l = lax.fori_loop(0, number, step, (acc, m, l))
-        empty = m <= NEVER
-        out_ref[task, r] = (acc / jnp.where(empty, 1.0, l)).astype(dtype)
-        total_ref[task, r] = jnp.where(empty, -jnp.inf, (m + jnp.log2(l)) * (1 / LOG2E))
-
-    keywords = {} if interpret is None else {"interpret": interpret}
-    return plgpu.kernel(
-        kernel,
-        out_type=outs,
-        grid=(tasks * R,),
-        grid_names=("row",),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **keywords,
-    )(*inputs)
