@@ -212,8 +212,7 @@ def _coordinates(B, t, S, lengths, positions, segments) -> tuple[Coords, Coords]
         places = jnp.arange(S, dtype=jnp.int32)
         q_pos = lengths[:, None] - t + jnp.arange(t, dtype=jnp.int32)
         positions = (q_pos, jnp.broadcast_to(places, (B, S)))
-    pairs = {"positions": positions, "segments": segments}
-    for name, pair in pairs.items():
+    for name, pair in (("positions", positions), ("segments", segments)):
         if pair is None:
             continue
         for side, array, shape in zip(("query", "key"), pair, ((B, t), (B, S)), strict=True):

@@ -111,7 +111,7 @@ def pieces(
 
             def row_vector(name, task, row):
                 at = ref[name].at[row, task_rows(task)]
-                return plgpu.load(at, (), layout=ROW, optimized=False)
+                return plgpu.load(at, layout=ROW, optimized=False)
 
             def seen(task, row, where, limit, own):
                 """Which keys of the tile at ``where`` the query rows see."""
@@ -121,7 +121,7 @@ def pieces(
 
                 def column(name):
                     at = ref[name].at[row, pl.ds(where, tile)]
-                    x = plgpu.load(at, (), layout=COLUMN, optimized=False)
+                    x = plgpu.load(at, layout=COLUMN, optimized=False)
                     return lax.broadcast_in_dim(x, shape, (1,))
 
                 at = column("k_pos") if "k_pos" in ref else places

@@ -46,7 +46,7 @@ def combine(static: Static, o, lse2, work: Work, sink, dtype, *, interpret: Any 
             lse = lse_ref[begin + i, r]
             top = jnp.maximum(m, lse)
             old, new = jnp.exp2(m - top), jnp.exp2(lse - top)
-            piece = plgpu.load(o_ref.at[begin + i, r], (), optimized=False)
+            piece = plgpu.load(o_ref.at[begin + i, r], optimized=False)
             return acc * old + piece * new, top, l * old + new
 
         m, l = jnp.float32(NEVER), jnp.float32(0)
