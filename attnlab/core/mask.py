@@ -417,7 +417,7 @@ class MaskMod(Mask):
     def sees(self, pair):
         values = [getattr(pair, name) for name in self.mod.program.inputs]
         arguments = [0 if v is None else v for v in values]
-        return jax.core.eval_jaxpr(self.mod.program.jaxpr, (), *self.mod.captured, *arguments)[0]
+        return self.mod.of_pair(*arguments)
 
     def visible(self, q, k):
         return self.mod.on_grid(q, k)

@@ -27,12 +27,13 @@ COORDINATES = (*PAIR, *EXTRA)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A traced function: its jaxpr over the arrays it captures, then ``inputs``, all scalars.
+    """A traced function of scalars: its jaxpr, and what its arguments are.
 
     Compared by identity: a function traced anew is another program.
 
     Args:
-        name: for messages. jaxpr: constants first. inputs: "score" and coordinate names, in order.
+        name: for messages. jaxpr: its constvars are the arrays captured. inputs: "score" and
+            coordinate names, in order.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Program:
     @property
     def used(self) -> frozenset[str]:
         """The inputs that the result depends on, as far as a look at the variables tells."""
-        names = dict(zip(self.jaxpr.invars[-len(self.inputs) :], self.inputs, strict=True))
+        names = dict(zip(self.jaxpr.invars, self.inputs, strict=True))
         read = [v for eqn in self.jaxpr.eqns for v in eqn.invars] + list(self.jaxpr.outvars)
         return frozenset(names[v] for v in read if isinstance(v, jex.Var) and v in names)
 
@@ -85,12 +86,9 @@ class Mod:
         avals = [jax.ShapeDtypeStruct((), result) for _ in leading]
         avals += [jax.ShapeDtypeStruct((), jnp.int32) for _ in inputs]
         closed = jax.make_jaxpr(scalars)(*avals)
-        opened = closed.jaxpr.replace(
-            constvars=[], invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars], debug_info=None
-        )
         name = getattr(function, "__name__", kind)
         captured = tuple(jnp.asarray(c) for c in closed.consts)
-        return Mod(captured, None, None, Program(name, opened, (*leading, *inputs)))
+        return Mod(captured, None, None, Program(name, closed.jaxpr, (*leading, *inputs)))
 
     def bound(self, B: int, N: int) -> Mod:
         """For ``B`` rows and ``N`` heads, unless it is bound already."""
@@ -99,6 +97,10 @@ class Mod:
         return dataclasses.replace(
             self, batch=jnp.arange(B, dtype=jnp.int32), heads=jnp.arange(N, dtype=jnp.int32)
         )
+
+    def of_pair(self, *values: Any) -> Any:
+        """The function of one pair: ``values`` as in ``program.inputs``."""
+        return jax.core.eval_jaxpr(self.program.jaxpr, self.captured, *values)[0]
 
     def on_grid(self, q: Any, k: Any, score: jax.Array | None = None) -> jax.Array:
         """The function on all pairs of ``q`` and ``k`` (``mask.Coords``): ``[B, N, T, S]``.
@@ -123,7 +125,7 @@ class Mod:
         def pair(*values):
             named = dict(zip(used, values, strict=True))
             arguments = [named.get(name, 0) for name in self.program.inputs]
-            return jax.core.eval_jaxpr(self.program.jaxpr, (), *self.captured, *arguments)[0]
+            return self.of_pair(*arguments)
 
         present = [axis for axis in "bnts" if any(axis in a for a in axes.values())]
         function: Callable[..., Any] = pair

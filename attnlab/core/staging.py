@@ -157,8 +157,7 @@ def _join(a: str, b: str) -> str:
 def split(program: Program, T: int, S: int) -> Body:
     """``program`` for ``T`` queries and ``S`` keys, split; ``Body.refusal`` says what cannot be."""
     steps, variables, result, sizes = _flatten(program)
-    n = len(program.inputs)
-    captured = dict(enumerate(program.jaxpr.invars[:-n]))
+    captured = dict(enumerate(program.jaxpr.constvars))
     inputs = {name: len(captured) + i for i, name in enumerate(program.inputs)}
     depends: dict[int, frozenset[str]] = {i: frozenset() for i in captured}
     depends |= {v: frozenset(_ATOMS[name]) for name, v in inputs.items()}
@@ -257,14 +256,18 @@ def _group(atoms: frozenset[str], looks_up: bool) -> str | None:
     return "dense"
 
 
-def values(mod: Mod, body: Body, q: Any, k: Any) -> list[jax.Array]:
+def values(
+    mod: Mod, body: Body, q: Any, k: Any, distances: np.ndarray | None = None
+) -> list[jax.Array]:
     """The hoisted values of ``body`` for coordinates ``q`` and ``k`` (``mask.Coords``).
 
     Shapes as in the table above; float32 (differentiable in ``mod.captured``), or int32.
+    ``distances``: the distances to take values at, in place of all of them.
     """
     T, S = q.index.shape[0], k.index.shape[0]
     steps, _, _, _ = _flatten(mod.program)
-    span = jnp.arange(-(S - 1), T, dtype=jnp.int32)
+    span = np.arange(-(S - 1), T) if distances is None else distances
+    span = jnp.asarray(span, jnp.int32)
     zero = jnp.zeros((), jnp.int32)
     both = {"batch": (mod.batch, "b"), "head": (mod.heads, "n")}
     rows = {"q_pos": (q.positions, "bt"), "q_index": (q.index, "t"),
@@ -291,7 +294,7 @@ def index_runs(body: Body, T: int, S: int) -> np.ndarray:
     steps, _, _, _ = _flatten(body.program)
     by_result = {r: s for s in steps for r in s.results}
     inputs = {v: name for name, v in body.inputs.items()}
-    captured = set(range(len(body.program.jaxpr.invars) - len(body.inputs)))
+    captured = set(range(len(body.program.jaxpr.constvars)))
 
     def free_of(v, kinds) -> bool:  # no input for which kinds(name) holds is read on the way to v
         if isinstance(v, _Constant) or v in captured:
@@ -431,6 +434,6 @@ def _flatten(program: Program):
             steps.append(_Step(eqn.primitive, eqn.params, tuple(given), results))
         return [read(v) for v in jaxpr.outvars]
 
-    env = {v: fresh(v.aval) for v in program.jaxpr.invars}
+    env = {v: fresh(v.aval) for v in (*program.jaxpr.constvars, *program.jaxpr.invars)}
     result = walk(program.jaxpr, env)[0]
     return tuple(steps), variables, result, shapes

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from attnlab.core.dispatch import Implementation
 from attnlab.core.mask import Blocks, MaskMod, conjuncts, parts
-from attnlab.core.staging import split, values
+from attnlab.core.staging import Body, split, values
 from attnlab.core.versions import JAX
 from attnlab.ops.attention.blocks import BlockLists, block_lists
 
@@ -95,6 +95,7 @@ def forward(
     softmax_dtype, layout, interpret: Any = None,
 ):
     """Returns ``(o, lse)``; see ``attention``."""
+    from attnlab.ops.attention import gpu_distance
     from attnlab.ops.attention.gpu_tiles import capped, make_plan, pair_mod
 
     T, S, N, V = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
@@ -102,16 +103,24 @@ def forward(
     score = capped(score, logit_cap)
     if score is not None:
         score = score.bound(q.shape[0], N)
-    pair = dataclasses.replace(pair_mod(mask, S if S % 128 else None))
+    pair = pair_mod(mask, S if S % 128 else None)
     pair = pair.bound(q.shape[0], N) if score is None else dataclasses.replace(
         pair, batch=score.batch, heads=score.heads
     )
     make = functools.partial(
         make_plan, T=T, S=S, layout=layout, scale=scale, score=score, mask=pair
     )
-    handed = [] if score is None else values(score, split(score.program, T, S), q_coords, k_coords)
+    handed = []
+    if score is not None:
+        body = split(score.program, T, S)
+        at = None
+        if any(h.group == "distances" for h in body.handed):
+            at = gpu_distance.distances(body, T, S)
+        handed = values(score, body, q_coords, k_coords, at)
     seen = values(pair, split(pair.program, T, S), q_coords, k_coords)
-    options = dict(make=make, mask=mask, layout=layout)
+    options = dict(
+        make=make, layout=layout, score=None if score is None else split(score.program, T, S)
+    )
     static = _Static(options, interpret)
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
     o, lse = _attend(static, q, k, v, sink, handed, (seen, mask, q_coords, k_coords))
@@ -157,7 +166,8 @@ def _attend_bwd(static, residuals, cotangents):
         dsink = -(p * delta)[..., :T].sum((0, 2))
     base2 = jnp.where(alive, lse * gpu_backward.LOG2E, 1e30)
     do = do.astype(q.dtype)
-    config_q, config_kv = backward_configs(q.shape[-1], v.shape[-1])
+    score = static.options["score"]
+    config_q, config_kv = backward_configs(q.shape[-1], v.shape[-1], score)
     grads, plans = [], []
     for kernel, config, transposed in (
         (gpu_backward.grad_q, config_q, False), (gpu_backward.grad_kv, config_kv, True)
@@ -242,15 +252,22 @@ def forward_config(H: int, V: int):
     return Config(128, 128, 4 if max(H, V) <= 64 else 2)
 
 
-def backward_configs(H: int, V: int):
-    """Sizes of the kernel for dq and of the one for dk and dv."""
+def backward_configs(H: int, V: int, score: Body | None = None):
+    """Sizes of the kernel for dq and of the one for dk and dv, by measurement on an H200.
+
+    With a score function both are short of registers: smaller tiles, and turns only where it reads
+    coordinates.
+    """
     from attnlab.ops.attention.gpu_backward import Config
 
     if max(H, V) <= 64:
-        return Config(128, 128, 3), Config(64, 128, 4)
-    if max(H, V) <= 128:
-        return Config(128, 128, 2), Config(64, 128, 3)
-    return Config(128, 64, 2), Config(32, 128, 3)
+        return Config(128, 64, 3, turns=False), Config(64, 128, 3, turns=False)
+    if max(H, V) > 128:
+        return Config(128, 64, 2, turns=False), Config(64, 128, 2, turns=False)
+    if score is None:
+        return Config(128, 128, 2, turns=False), Config(64, 128, 3)
+    places = bool((score.coordinates - {"score"}) | score.floats) or bool(score.handed)
+    return Config(128, 64, 3, turns=False), Config(64, 128, 3, turns=places)
 
 
 IMPLEMENTATION = Implementation("gpu", supports, forward, partitions=False)

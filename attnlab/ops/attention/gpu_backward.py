@@ -32,7 +32,10 @@ ROW_GROUPS = ("heads", "rows", "distances")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a backward kernel; see ``gpu_forward.Config``."""
+    """Sizes of a backward kernel; see ``gpu_forward.Config``.
+
+    turns: whether the two warpgroups take turns on the tensor cores or run as they come.
+    """
 
     block_q: int
     block_k: int
@@ -180,7 +183,7 @@ def grad_q(
                 plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[wg], q_bar.at[wg])
                 vector = (b, n, pl.ds(q0, WIDTH))
                 lse, delta = (
-                    plgpu.load(x.at[vector], (), layout=ROW, optimized=False)
+                    plgpu.load(x.at[vector], layout=ROW, optimized=False)
                     for x in (lse_ref, delta_ref)
                 )
                 plgpu.barrier_wait(q_bar.at[wg])
@@ -340,7 +343,7 @@ def grad_kv(
                     acc = plgpu.ACC(shape, jnp.float32)
                     s, dp = pl.run_scoped(scope, acc, acc)
                     lse, delta = (
-                        plgpu.load(x.at[slot], (), layout=COLUMN, optimized=False)
+                        plgpu.load(x.at[slot], layout=COLUMN, optimized=False)
                         for x in (lse_smem, delta_smem)
                     )
                     tile = Tile(plan, operand_refs, b, n, i * block_q, k0, shape, q_axis=1)

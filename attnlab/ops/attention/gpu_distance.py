@@ -37,7 +37,8 @@ class Diagonals:
     Args:
         columns: C. q_axis: axis of the queries in a tile. first: smallest offset, over 64. kinds:
             int32, an entry an offset: its slot, or -1 - i where it is the i-th number. numbers:
-            place in ``[0, S - 1 + T)`` of an entry that number i repeats. offsets: of each slot.
+            the run (see ``index_runs``) that number i is the value of. offsets: of each slot.
+            runs: the run of every distance.
     """
 
     columns: int
@@ -46,6 +47,7 @@ class Diagonals:
     kinds: np.ndarray
     numbers: np.ndarray
     offsets: np.ndarray
+    runs: np.ndarray
 
 
 @functools.lru_cache(maxsize=128)
@@ -68,11 +70,15 @@ def diagonals(body: Body, T: int, S: int, columns: int, q_axis: int) -> Diagonal
         else:
             kinds[i] = len(slots)
             slots.append(offsets[i])
-    places = np.searchsorted(runs, kept) if len(kept) else np.zeros((1,), int)
+    numbers = np.asarray(kept if len(kept) else [0], np.int32)
     return Diagonals(
-        columns, q_axis, first, kinds, places.astype(np.int32),
-        np.asarray(slots or [0], np.int32),
+        columns, q_axis, first, kinds, numbers, np.asarray(slots or [0], np.int32), runs
     )
+
+
+def distances(body: Body, T: int, S: int) -> np.ndarray:
+    """One distance of every run: values are taken there, ``[., ., runs]``."""
+    return np.unique(index_runs(body, T, S), return_index=True)[1] - (S - 1)
 
 
 def tile_bytes(body: Body, T: int, S: int, heads: int) -> int:
@@ -81,24 +87,20 @@ def tile_bytes(body: Body, T: int, S: int, heads: int) -> int:
 
 
 def operands(d: Diagonals, value: jax.Array, S: int) -> tuple[jax.Array, jax.Array]:
-    """``numbers[., ., R]`` and ``tiles[., ., slots, 64, C]`` of ``value[., ., S - 1 + T]``."""
+    """``numbers[., ., R]`` and ``tiles[., ., slots, 64, C]`` of ``value[., ., runs]``."""
     r, c = np.arange(WIDTH)[:, None], np.arange(d.columns)[None]
     inside = r - c if d.q_axis == 0 else c - r
-    place = np.clip(d.offsets[:, None, None] + inside + S - 1, 0, value.shape[-1] - 1)
-    return value[..., d.numbers], value[..., place]
-
-
-def kind_of(d: Diagonals, ref, q0, k0):
-    """The kind of the tile whose first query and key are ``q0`` and ``k0``."""
-    return ref[lax.div(q0 - k0 - d.first * WIDTH, WIDTH)]
+    place = np.clip(d.offsets[:, None, None] + inside + S - 1, 0, d.runs.size - 1)
+    return value[..., d.numbers], value[..., d.runs[place]]
 
 
 def folded(d: Diagonals, numbers: jax.Array, tiles: jax.Array, T: int, S: int) -> jax.Array:
-    """Gradient ``[B, N, S - 1 + T]`` of a value from those of its numbers and stored tiles."""
+    """Gradient ``[B, N, runs]`` of a value from those of its numbers and stored tiles.
+
+    The tiles are those of query rows (``q_axis = 0``).
+    """
     B, N, slots, _, C = tiles.shape
     span, width = S - 1 + T, WIDTH + C - 1
-    if d.q_axis == 1:
-        raise AssertionError("gradients of relative tables are summed over tiles of query rows")
     # Row r of a tile holds the distances offset + r - c: reversed, shifted by r, added up.
     rows = tiles[..., ::-1]
     rows = jnp.pad(rows, [(0, 0)] * 4 + [(0, WIDTH)]).reshape(B, N, slots, -1)
@@ -117,8 +119,19 @@ def folded(d: Diagonals, numbers: jax.Array, tiles: jax.Array, T: int, S: int) -
     high = out[..., pad + span :].sum(-1)
     out = out[..., pad : pad + span]
     out = out.at[..., 0].add(low).at[..., -1].add(high)
-    for i, place in enumerate(d.numbers.tolist()):
-        out = out.at[..., place].add(numbers[:, :, i])
+    out = _run_sums(out, d.runs)
+    for i, run in enumerate(d.numbers.tolist()):
+        out = out.at[..., run].add(numbers[:, :, i])
+    return out
+
+
+def _run_sums(x, runs: np.ndarray):
+    """Sums over the entries of each run, in a fixed order (a scatter on a GPU has none)."""
+    starts = np.flatnonzero(np.diff(runs, prepend=-1))
+    ends = np.append(starts[1:], runs.size)
+    out = x[..., starts]
+    for i in np.flatnonzero(ends - starts > 1).tolist():
+        out = out.at[..., i].set(x[..., starts[i] : ends[i]].sum(-1))
     return out
 
 
@@ -183,7 +196,7 @@ def grad_tiles(
                 fetch(i)
                 vector = (b, n, pl.ds(q0, WIDTH))
                 lse_row, delta_row = (
-                    plgpu.load(x.at[vector], (), layout=ROW, optimized=False)
+                    plgpu.load(x.at[vector], layout=ROW, optimized=False)
                     for x in (lse_ref, delta_ref)
                 )
                 plgpu.barrier_wait(bar.at[wg])

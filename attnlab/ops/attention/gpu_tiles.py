@@ -143,7 +143,7 @@ class Tile:
         start = self.q0 if group == "rows" else self.k0
         ref = self.refs[name]
         at = (*_lead(ref, self.b, self.n), pl.ds(start, self.shape[axis]))
-        return plgpu.load(ref.at[at], (), layout=LAYOUT.reduce(1 - axis), optimized=False)
+        return plgpu.load(ref.at[at], layout=LAYOUT.reduce(1 - axis), optimized=False)
 
     def operand(self, name: str, group: str) -> tuple[Any, str]:
         """Value and rank of an operand."""
@@ -153,7 +153,7 @@ class Tile:
         if group == "distances" and self.stored is not None:
             ref = self.refs[f"{name} tiles"]
             at = (*_lead(ref, self.b, self.n), self.stored)
-            return plgpu.load(ref.at[at], (), layout=LAYOUT, optimized=False), "tile"
+            return plgpu.load(ref.at[at], layout=LAYOUT, optimized=False), "tile"
         if group == "distances":
             ref = self.refs[f"{name} numbers"]
             return ref[(*_lead(ref, self.b, self.n), self.number)], "scalar"
@@ -268,14 +268,12 @@ def capped(score: Mod | None, cap: float | None) -> Mod | None:
     if score is None:
         return Mod.of(lambda s, head, q_pos, k_pos: cap * jnp.tanh(s / cap),
                       score_dtype="float32")
-    inner = score.program
 
     def both(s, head, q_pos, k_pos, *, batch, q_index, k_index, q_segment, k_segment):
         known = dict(score=cap * jnp.tanh(s / cap), head=head, q_pos=q_pos, k_pos=k_pos,
                      batch=batch, q_index=q_index, k_index=k_index, q_segment=q_segment,
                      k_segment=k_segment)
-        given = [known[name] for name in inner.inputs]
-        return jax.core.eval_jaxpr(inner.jaxpr, (), *score.captured, *given)[0]
+        return score.of_pair(*(known[name] for name in score.program.inputs))
 
     out = Mod.of(both, score_dtype="float32")
     return dataclasses.replace(out, batch=score.batch, heads=score.heads)
