@@ -45,7 +45,7 @@ from attnlab.ops.attention.gpu_backward import (
     pull_scores,
     row_sums,
 )
-from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, total, visit
+from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
 from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Plan, Tile
 
 
@@ -72,7 +72,7 @@ def grad_q(
     interpret: Any = None,
 ):
     """See ``gpu_backward.grad_q``."""
-    B, T, N, H = q.shape
+    B, _, N, H = q.shape
     K, V = v.shape[2:]
     G, rows, dtype = N // K, lists.rows, q.dtype
     block_k, stages, stages_v = config.block_k, config.stages, config.stages_v
@@ -127,7 +127,8 @@ def grad_q(
                     def scope(s_ref, dp_ref):
                         def values():
                             plgpu.barrier_wait(v_bar.at[slot_v])
-                            plgpu.wgmma(dp_ref, do_smem.at[mine], v_smem.at[slot_v].transpose((1, 0)))
+                            right = v_smem.at[slot_v].transpose((1, 0))
+                            plgpu.wgmma(dp_ref, do_smem.at[mine], right)
 
                         if me == 1:
                             values()

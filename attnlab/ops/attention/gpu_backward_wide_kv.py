@@ -20,7 +20,7 @@ from attnlab.ops.attention.gpu_backward import (
     pull_scores,
 )
 from attnlab.ops.attention.gpu_backward_wide import Config, launch, varying_zero
-from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, total, visit
+from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
 from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Plan, Tile
 
 HALVES = 2
@@ -32,7 +32,7 @@ def grad_kv(
 ):
     """See ``gpu_backward.grad_kv``; tiles of the lists have ``block_k = 128`` keys."""
     B, _, N, H = q.shape
-    S, K, V = v.shape[1:]
+    K, V = v.shape[2:]
     G, rows, dtype = N // K, lists.rows, q.dtype
     block_q, stages = config.block_q, config.stages
     shared = config.cluster and interpret is None

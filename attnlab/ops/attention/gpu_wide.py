@@ -1,10 +1,10 @@
 """Forward kernel for Hopper where a head is wider than 256: absorbed latent attention, 576 / 512.
 
-The accumulator of 64 queries, ``64 V`` floats, is more than one warpgroup holds: two warpgroups own
-half of the value columns each. The first also computes logits and softmax, once for both, and hands
-``p`` (in the dtype of q) and the factor ``alpha`` of the running maximum over through shared memory::
+The accumulator of 64 queries, ``64 V`` floats, is more than one warpgroup holds: two warpgroups
+own half of the value columns each. The first also computes logits and softmax, once for both, and
+hands over ``p`` (in the dtype of q) and the factor ``alpha`` through shared memory::
 
-    first    s = q k^T    m' = max(m, rowmax(mod(s)))    alpha = exp(m - m')    p = exp(mod(s) - m')
+    first    s = mod(q k^T)    m' = max(m, rowmax(s))    alpha = exp(m - m')    p = exp(s - m')
     both     o[:, half] = alpha o[:, half] + p v[:, half]
 
 The first starts on the next tile while the second multiplies. If the values are the first V
@@ -33,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_backward import _take_apart, _zeros
 from attnlab.ops.attention.gpu_backward_wide import launch, varying_zero
-from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, total, visit
+from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
 from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, WIDTH, Plan, Tile
 
 HALVES = 2
@@ -98,7 +98,6 @@ def forward(
             row = order_ref[r]
             q0 = row * config.block_q + lax.axis_index("half") * WIDTH
             full, partial = block_lists.full, block_lists.partial
-            tiles = total(full, b, n, row) + total(partial, b, n, row)
 
             def rescaled(acc, factor):
                 return acc * lax.broadcast_in_dim(factor, acc.shape, (0,))
