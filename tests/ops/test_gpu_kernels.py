@@ -37,7 +37,14 @@ def packed(T: int, lengths: tuple[int, ...]):
     return jnp.asarray(np.concatenate(places)[None], jnp.int32), jnp.asarray(segments[None])
 
 
-SHAPES = {"gqa": (203, 4, 2, 64, 64), "wide": (200, 2, 2, 128, 128), "mla": (200, 2, 2, 192, 128)}
+SHAPES = {
+    "gqa": (203, 4, 2, 64, 64),
+    "wide": (200, 2, 2, 128, 128),
+    "mla": (200, 2, 2, 192, 128),
+    "256": (100, 2, 1, 256, 256),
+    "192": (140, 1, 1, 192, 192),
+    "256 over 128": (70, 2, 1, 256, 128),
+}
 
 CASES = {
     "causal": dict(shape="gqa"),
@@ -64,6 +71,15 @@ CASES = {
         shape="wide", cap=3.0, score=lambda e: lambda s, head, q, k: s + e["toeplitz"][q - k + 199],
     ),
     "blocks": dict(shape="gqa", blocks=True),
+    "256": dict(shape="256", mask=Causal() & (Window(40) | SinkTokens(2))),
+    "192": dict(shape="192", lengths=(60, 5, 70), sink=True),
+    "256 over 128, head, row and column values": dict(
+        shape="256 over 128",
+        score=lambda e: lambda s, head, q, k, *, batch, q_index, k_index: (
+            e["slope"][head] * (k - q) + jnp.tanh(s) * e["slope"][head]
+            + e["row"][batch, q_index] * s + e["column"][head, k_index]
+        ),
+    ),
 }
 
 
@@ -138,7 +154,7 @@ SQUARE = jnp.ones((256, 256))
     [
         (dict(device=Device("gpu", "NVIDIA A100-SXM4-40GB")), "runs on Hopper GPUs"),
         (dict(dtype="float32"), "dtype is float32"),
-        (dict(H=256, V=512), "H = 256"),
+        (dict(H=640, V=512), "H = 640"),
         (dict(mask=Blocks(jnp.zeros((1, 1, 4, 2), jnp.int32), 64, 64)), "multiples of the 128"),
         (dict(score=lambda s, h, q, k: jnp.log1p(jnp.abs(s))), "needs log1p"),
         (dict(score=lambda s, h, q, k: s + SQUARE[q, k]), "by query and key"),

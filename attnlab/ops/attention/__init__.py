@@ -78,7 +78,7 @@ OP = Op(
     [
         Implementation("reference", _always, reference.forward),
         Implementation("xla", _always, xla.forward),
-        gpu.IMPLEMENTATION,
+        *gpu.IMPLEMENTATIONS,
         *vendor.IMPLEMENTATIONS,
     ],
     {

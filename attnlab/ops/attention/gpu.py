@@ -17,6 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from attnlab.core.dispatch import Implementation
+from attnlab.core.errors import UnsupportedError
 from attnlab.core.mask import Blocks, MaskMod, conjuncts, parts
 from attnlab.core.staging import Body, split, values
 from attnlab.core.versions import JAX
@@ -33,7 +34,23 @@ MISSING = frozenset(
 
 def supports(call) -> str | None:
     """None where the kernels serve the call, else the reason."""
+    if _wide(call):
+        return (
+            f"H = {call.H}, V = {call.V}: served up to 192 and 128; impl='gpu-wide' serves wider "
+            "heads, but has not been timed on a device yet"
+        )
     return next((reason for refused, reason in _limits(call) if refused), None)
+
+
+def supports_wide(call) -> str | None:
+    """As ``supports``, for the kernels of wider heads."""
+    if not _wide(call):
+        return f"H = {call.H}, V = {call.V}: served by impl='gpu'"
+    return next((reason for refused, reason in _limits(call) if refused), None)
+
+
+def _wide(call) -> bool:
+    return call.H > 192 or call.V > 128
 
 
 def _limits(call):
@@ -42,8 +59,8 @@ def _limits(call):
     yield JAX < (0, 11, 2), f"needs jax >= 0.11.2 (Mosaic GPU), this is {'.'.join(map(str, JAX))}"
     yield call.dtype not in HALF, f"dtype is {call.dtype}, served: {', '.join(HALF)}"
     yield call.softmax_dtype != "float32", f"softmax is float32 only, not {call.softmax_dtype}"
-    yield max(call.H, call.V) > 128 and not (call.H <= 192 and call.V <= 128), (
-        f"H = {call.H}, V = {call.V}: served up to 128, and 192 with V up to 128"
+    yield call.H > 576 or call.V > 512, (
+        f"H = {call.H}, V = {call.V}: served up to 256, and without gradient up to 576 and 512"
     )
     if call.score is not None:
         body = split(call.score, call.T, call.S)
@@ -56,6 +73,7 @@ def _limits(call):
             yield size > gpu_distance.MOST_BYTES, (
                 f"the table by distance differs on too many diagonals: its tiles take {size} bytes"
             )
+            yield call.H + call.V > 448, "a table by distance is served up to H + V = 448"
             blocks = any(isinstance(part, Blocks) for part in parts(call.mask))
             yield blocks, "a table by distance is not served with Blocks"
     for part in parts(call.mask):
@@ -92,14 +110,19 @@ class _Static:
 
 def forward(
     q, k, v, *, mask, score, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse,
-    softmax_dtype, layout, interpret: Any = None,
+    softmax_dtype, layout, interpret: Any = None, value_is_prefix: bool = False,
 ):
-    """Returns ``(o, lse)``; see ``attention``."""
+    """Returns ``(o, lse)``; see ``attention``.
+
+    Args:
+        value_is_prefix: ``v`` equals ``k[..., :V]``; heads above 256 then read keys only.
+    """
     from attnlab.ops.attention import gpu_distance
     from attnlab.ops.attention.gpu_tiles import capped, make_plan, pair_mod
 
     T, S, N, V = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
-    q, k, v = (_whole(x) for x in (q, k, v))
+    q, k = (_whole(x) for x in (q, k))
+    v = _whole(v, 64 if max(k.shape[-1], V) <= 256 else 128)
     score = capped(score, logit_cap)
     if score is not None:
         score = score.bound(q.shape[0], N)
@@ -119,7 +142,8 @@ def forward(
         handed = values(score, body, q_coords, k_coords, at)
     seen = values(pair, split(pair.program, T, S), q_coords, k_coords)
     options = dict(
-        make=make, layout=layout, score=None if score is None else split(score.program, T, S)
+        make=make, layout=layout, score=None if score is None else split(score.program, T, S),
+        value_is_prefix=value_is_prefix,
     )
     static = _Static(options, interpret)
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
@@ -127,9 +151,9 @@ def forward(
     return o[:, :T, :, :V], lse[:, :, :T].swapaxes(1, 2)
 
 
-def _whole(x):
+def _whole(x, numbers: int = 64):
     """``x[B, T, N, H]`` with zeros up to the 8 tokens and 64 numbers of a shared-memory tile."""
-    tokens, width = -x.shape[1] % 8, -x.shape[3] % 64
+    tokens, width = -x.shape[1] % 8, -x.shape[3] % numbers
     return jnp.pad(x, [(0, 0), (0, tokens), (0, 0), (0, width)]) if tokens or width else x
 
 
@@ -139,11 +163,12 @@ def _attend(static, q, k, v, sink, handed, fixed):
 
 
 def _attend_fwd(static, q, k, v, sink, handed, fixed):
-    from attnlab.ops.attention import gpu_forward
+    from attnlab.ops.attention import gpu_widths
 
-    config = forward_config(q.shape[-1], v.shape[-1])
+    config = forward_config(q.shape[-1], v.shape[-1], static.options["value_is_prefix"])
+    kernel = gpu_widths.forward_of(config)
     plan, lists, order, operands = _prepared(static, config, handed, fixed, False)
-    o, lse = gpu_forward.forward(
+    o, lse = kernel(
         plan, config, q, k, v, sink, lists, order, operands, interpret=static.interpret
     )
     o = checkpoint_name(o, "attention_out")
@@ -152,9 +177,15 @@ def _attend_fwd(static, q, k, v, sink, handed, fixed):
 
 
 def _attend_bwd(static, residuals, cotangents):
-    from attnlab.ops.attention import gpu_backward, gpu_distance
+    from attnlab.ops.attention import gpu_backward, gpu_distance, gpu_widths
 
     q, k, v, sink, handed, fixed, o, lse = residuals
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        raise UnsupportedError(
+            f"gradient of attention with H = {q.shape[-1]}, V = {v.shape[-1]} and impl = 'gpu'",
+            "above 256 the kernel has a forward pass only",
+            "train the expanded form (heads up to 256), or use impl='xla'",
+        )
     do, dlse = cotangents
     T = q.shape[1]
     alive = lse > -jnp.inf
@@ -168,11 +199,9 @@ def _attend_bwd(static, residuals, cotangents):
     base2 = jnp.where(alive, lse * gpu_backward.LOG2E, 1e30)
     do = do.astype(q.dtype)
     score = static.options["score"]
-    config_q, config_kv = backward_configs(q.shape[-1], v.shape[-1], score)
     grads, plans = [], []
-    for kernel, config, transposed in (
-        (gpu_backward.grad_q, config_q, False), (gpu_backward.grad_kv, config_kv, True)
-    ):
+    configs = backward_configs(q.shape[-1], v.shape[-1], score)
+    for kernel, config, transposed in gpu_widths.backward_of(*configs):
         plan, lists, order, operands = _prepared(static, config, handed, fixed, transposed)
         plans.append((plan, operands))
         grads.append(
@@ -245,10 +274,13 @@ def _longest_first(lists: BlockLists):
     return jnp.argsort(-work.sum((0, 1)), stable=True).astype(jnp.int32)
 
 
-def forward_config(H: int, V: int):
+def forward_config(H: int, V: int, value_is_prefix: bool = False):
+    from attnlab.ops.attention import gpu_widths
     from attnlab.ops.attention.gpu_forward import Config
 
-    if max(H, V) > 192:
+    if max(H, V) > 256:
+        return gpu_widths.forward_config(H, V, value_is_prefix)
+    if max(H, V) > 192 or V > 128:
         return Config(128, 64, 2)
     return Config(128, 128, 4 if max(H, V) <= 64 else 2)
 
@@ -259,10 +291,13 @@ def backward_configs(H: int, V: int, score: Body | None = None):
     With a score function both are short of registers: smaller tiles, and turns only where it reads
     coordinates.
     """
+    from attnlab.ops.attention import gpu_widths
     from attnlab.ops.attention.gpu_backward import Config
 
     if max(H, V) <= 64:
         return Config(128, 64, 3, turns=False), Config(64, 128, 3, turns=False)
+    if H > 192 or V > 128:
+        return gpu_widths.backward_configs(H, V)
     if max(H, V) > 128:
         return Config(128, 64, 2, turns=False), Config(64, 128, 2, turns=False)
     if score is None:
@@ -271,4 +306,7 @@ def backward_configs(H: int, V: int, score: Body | None = None):
     return Config(128, 64, 3, turns=False), Config(64, 128, 3, turns=places)
 
 
-IMPLEMENTATION = Implementation("gpu", supports, forward, partitions=False)
+IMPLEMENTATIONS = (
+    Implementation("gpu", supports, forward, partitions=False),
+    Implementation("gpu-wide", supports_wide, forward, partitions=False),
+)

@@ -61,6 +61,22 @@ def row_sums(plan: Plan) -> tuple[int, ...]:
     )
 
 
+def add_row_sums(tile: Tile, sums, rest) -> list[Any]:
+    """Row sums with those of this tile; a value by distance has one for each number."""
+    plan, sums, out = tile.plan, list(sums), []
+    wanted = asked(plan, ROW_GROUPS)
+    for i, count, x in zip(wanted, row_sums(plan), rest, strict=True):
+        group, sums = sums[:count], sums[count:]
+        if plan.score.handed[i].group != "distances":
+            out.append(group[0] + x.sum(axis=1))
+        elif tile.number is None:
+            out += group  # a stored tile: see gpu_distance.grad_tiles
+        else:
+            x = x.sum(axis=1)
+            out += [g + x * jnp.where(tile.number == j, 1.0, 0.0) for j, g in enumerate(group)]
+    return out
+
+
 def pull_scores(tile: Tile, s, wanted: tuple[int, ...]):
     """Modified scores of raw logits ``s`` and the function from ``dz`` to the cotangents of
     ``scale * s`` and of each wanted handed value, as tiles."""
@@ -138,21 +154,6 @@ def grad_q(
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * sum(totals)]
 
-    def _added(tile, sums, rest):
-        """Row sums with those of this tile; a value by distance has one for each number."""
-        sums, out = list(sums), []
-        for count, x in zip(totals, rest, strict=True):
-            group, sums = sums[:count], sums[count:]
-            if plan.score.handed[wanted[len(out)]].group != "distances":
-                out.append([group[0] + x.sum(axis=1)])
-            elif tile.number is None:
-                out.append(group)  # a stored tile: see gpu_distance.grad_tiles
-            else:
-                x = x.sum(axis=1)
-                mine = [jnp.where(tile.number == i, 1.0, 0.0) for i in range(count)]
-                out.append([g + x * one for g, one in zip(group, mine, strict=True)])
-        return [g for group in out for g in group]
-
     def kernel(*refs):
         (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
             _take_apart(refs, (7, len(leaves), len(names), len(outs)))
@@ -212,7 +213,7 @@ def grad_q(
                             z = jnp.where(tile.seen(), z, -jnp.inf)
                         dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
                         ds, *rest = pull(dz)
-                        return ds.astype(dtype), *_added(tile, sums, rest)
+                        return ds.astype(dtype), *add_row_sums(tile, sums, rest)
 
                     narrow, *sums = tile.by_kind(local, s, dp, *sums)
                     sums = tuple(sums)
