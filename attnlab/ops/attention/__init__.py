@@ -34,7 +34,7 @@ from attnlab.core.linear import widened
 from attnlab.core.mask import Causal, Coords, Mask, MaskMod, Segments, SinkTokens, parts
 from attnlab.core.mods import Mod, Program
 from attnlab.core.types import LAYOUTS, Layout
-from attnlab.ops.attention import gpu, reference, vendor, xla
+from attnlab.ops.attention import gpu, reference, tpu, vendor, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,13 @@ OP = Op(
         Implementation("reference", _always, reference.forward),
         Implementation("xla", _always, xla.forward),
         *gpu.IMPLEMENTATIONS,
+        tpu.IMPLEMENTATION,
         *vendor.IMPLEMENTATIONS,
     ],
     {
         "cpu": ("xla",),
         "gpu": ("cudnn", "gpu", "tokamax", "xla"),
-        "tpu": ("splash", "xla"),
+        "tpu": ("splash", "tpu", "xla"),
     },
 )
 
