@@ -17,6 +17,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -145,10 +146,12 @@ class _Rule:
                 side = dataclasses.replace(side, index=place)  # type: ignore[arg-type]
             sides.append(side)
         by_place = layout == "packed" and not _reads_positions(mask)
-        bounds = [_tile_bounds(s, b, by_place) for s, b in zip(sides, (block_q, block_k))]
+        q_bounds = _tile_bounds(sides[0], block_q, by_place)
+        k_bounds = _tile_bounds(sides[1], block_k, by_place)
         tiles = (-(-sides[0].index.shape[0] // block_q), -(-sides[1].index.shape[0] // block_k))
         exact = any(isinstance(part, MaskMod) for part in parts(mask))
-        return _Rule(mask, *bounds, (sides[0], sides[1]), tiles, (block_q, block_k), exact)
+        pair = (sides[0], sides[1])
+        return _Rule(mask, q_bounds, k_bounds, pair, tiles, (block_q, block_k), exact)
 
     @property
     def length(self) -> tuple[int, int]:
@@ -223,13 +226,13 @@ def _tile_bounds(side: Coords, block: int, by_place: bool) -> Bounds:
     seg = (None, None) if segments is None else (cut(segments, low), cut(segments, high))
     index = [cut(side.index[None], f) for f in (low, high)]
     index = [xp.broadcast_to(x, wide[0].shape) for x in index]
-    return Bounds(*wide, *seg, *index)
+    return Bounds(wide[0], wide[1], seg[0], seg[1], index[0], index[1])
 
 
 def _on_host(rule: _Rule, transposed: bool) -> tuple[Runs, Runs]:
     rows, columns = rule.tiles[::-1] if transposed else rule.tiles
     others = np.arange(columns)
-    lines: dict[int, list[list[tuple[int, int]]]] = {FULL: [], PARTIAL: []}
+    lines: dict[int, list[list[list[tuple[int, int]]]]] = {FULL: [], PARTIAL: []}
     for i in range(rows):
         if rule.exact:
             kinds = np.asarray(rule.line(i, transposed))

@@ -60,7 +60,8 @@ class _Cache:
                 x[table].reshape(table.shape[0], self.tile, *x.shape[2:]) for x in (self.k, self.v)
             )
         return (
-            k.astype(self.dtype), v.astype(self.dtype), Coords(positions, segments, index), present
+            k.astype(self.dtype), v.astype(self.dtype),
+            Coords(positions, segments, index), present,  # type: ignore[arg-type]
         )
 
 

@@ -22,6 +22,7 @@ from attnlab.core.mask import Blocks, MaskMod, conjuncts, parts
 from attnlab.core.staging import Body, split, values
 from attnlab.core.versions import JAX
 from attnlab.ops.attention.blocks import BlockLists, block_lists
+from attnlab.ops.attention.pairs import capped, pair_mod
 
 HALF = ("bfloat16", "float16")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
@@ -118,7 +119,7 @@ def forward(
         value_is_prefix: ``v`` equals ``k[..., :V]``; heads above 256 then read keys only.
     """
     from attnlab.ops.attention import gpu_distance
-    from attnlab.ops.attention.gpu_tiles import capped, make_plan, pair_mod
+    from attnlab.ops.attention.gpu_tiles import make_plan
 
     T, S, N, V = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
     q, k = (_whole(x) for x in (q, k))
@@ -147,7 +148,9 @@ def forward(
     )
     static = _Static(options, interpret)
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
-    o, lse = _attend(static, q, k, v, sink, handed, (seen, mask, q_coords, k_coords))
+    o, lse = _attend(  # type: ignore[misc] - a custom_vjp has no result type
+        static, q, k, v, sink, handed, (seen, mask, q_coords, k_coords)
+    )
     return o[:, :T, :, :V], lse[:, :, :T].swapaxes(1, 2)
 
 
@@ -166,7 +169,7 @@ def _attend_fwd(static, q, k, v, sink, handed, fixed):
     from attnlab.ops.attention import gpu_widths
 
     config = forward_config(q.shape[-1], v.shape[-1], static.options["value_is_prefix"])
-    kernel = gpu_widths.forward_of(config)
+    kernel: Any = gpu_widths.forward_of(config)
     plan, lists, order, operands = _prepared(static, config, handed, fixed, False)
     o, lse = kernel(
         plan, config, q, k, v, sink, lists, order, operands, interpret=static.interpret
