@@ -17,7 +17,7 @@ _CONTENTS: dict[str, tuple[str, ...]] = {
     "attnlab.ops.attention": ("attention",),
     "attnlab.core.types": ("Out", "Precision", "Seq"),
     "attnlab.core.mask": (
-        "Blocks", "Causal", "Full", "Prefix", "Segments", "SinkTokens", "Window",
+        "Blocks", "Causal", "Full", "MaskMod", "Prefix", "Segments", "SinkTokens", "Window",
     ),
     "attnlab.core.rope": ("Rope", "Yarn"),
     "attnlab.core.registry": ("build_config",),

@@ -103,8 +103,9 @@ COMMANDS: dict[str, Command] = {
         tokenize.parser, tokenize.run,
     ),
     "bench": Command(
-        "Time the training step of a recipe, or judge attention kernels without their device.",
+        "Time the training step of a recipe, or the attention op: here, or by a compiler.",
         "attnlab bench train --recipe 350m --batch 8 --seq-len 4096\n"
+        "attnlab bench attention --case causal-128,t5 --seconds 450 --out rows.json\n"
         "attnlab bench attention --target v5e --shape llama3-8b-8k --blocks all",
         bench.parser, bench.run,
     ),

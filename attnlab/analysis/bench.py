@@ -22,23 +22,39 @@ from attnlab.core.errors import ConfigError
 CHECKED = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
+# Flags that the other benchmark alone has, and their defaults.
+TRAIN = {"recipe": "350m", "batch": 8, "steps": 20, "warmup": 4, "sets": []}
+ATTENTION = {"case": None, "direction": "both", "seconds": None, "again": False}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``attnlab bench train``."""
+    """The options of ``attnlab bench``."""
+    from attnlab.analysis import bench_attention
+
+    parser.add_argument(
+        "what", choices=["train", "attention"],
+        help="train: the training step of a recipe; attention: the op against its peers on one GPU",
+    )
     parser.add_argument("--recipe", default="350m", help="recipe to time (default: 350m)")
     parser.add_argument("--batch", type=int, default=8, help="rows a step (default: 8)")
     parser.add_argument("--seq-len", type=int, help="tokens a row (default: the recipe's)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
     parser.add_argument("--warmup", type=int, default=4, help="untimed steps (default: 4)")
-    parser.add_argument("--impl", help="attention implementation (default: the first that serves)")
+    parser.add_argument(
+        "--impl", help="attention implementation (default: the first that serves); bench attention:"
+        " comma-separated names (default: ours and all peers)",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="sets",
         help="change a recipe field, as in train",
     )
     parser.add_argument("--out", help="append the result row to this JSON file")
+    bench_attention.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the benchmark; prints a table and one JSON line."""
+    """Run the benchmark; prints a table and, for training, one JSON line."""
+    refuse(args, ATTENTION if args.what == "train" else TRAIN, f"bench {args.what}")
     for flag, value, least in (
         ("batch", args.batch, 1), ("steps", args.steps, 1), ("warmup", args.warmup, 0)
     ):
@@ -47,6 +63,10 @@ def main(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{flag} {value}", rule, f"use {least} or more")
     if args.out:
         stored(Path(args.out))  # a file that cannot take the row is no use after the measurement
+    if args.what == "attention":
+        from attnlab.analysis import bench_attention
+
+        return bench_attention.main(args)
     row = train(
         args.recipe, args.batch, args.seq_len, args.steps, args.warmup, args.impl, args.sets
     )
@@ -59,6 +79,14 @@ def main(args: argparse.Namespace) -> int:
     if args.out:
         append(Path(args.out), row)
     return 0
+
+
+def refuse(args: argparse.Namespace, flags: dict[str, Any], command: str) -> None:
+    """ConfigError where a flag that ``command`` does not read differs from its default."""
+    for name, default in flags.items():
+        if getattr(args, name) != default:
+            flag = "set" if name == "sets" else name.replace("_", "-")
+            raise ConfigError(f"--{flag}", f"means nothing to {command}", "leave it out")
 
 
 def train(
@@ -211,7 +239,13 @@ def stored(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add ``row`` to a JSON list on disk, one row a line."""
-    rows = [*stored(path), row]
+    """Add ``row`` to a JSON list on disk."""
+    save(path, [*stored(path), row])
+
+
+def save(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a JSON list, one row a line; an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
+    part.replace(path)

@@ -2,62 +2,51 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from typing import Any
-
 from attnlab.commands.parsing import Args, Parser
 from attnlab.core.errors import ConfigError
 
-MEASURED = "attnlab.analysis.bench_attention"
+# Flags of the laboratory alone, and their defaults.
+_LAB = {"shape": None, "blocks": None, "backward": False, "golden": None}
 
 
 def parser(p: Parser) -> None:
     from attnlab.analysis import bench
-
-    whats = p.add_subparsers(dest="what", required=True, metavar="WHAT", title="what to time")
-    bench.add_arguments(whats.add_parser("train", help="the training step of a recipe"))
-    attention = whats.add_parser(
-        "attention", help="attention kernels: measured here, or judged by a target's compiler"
-    )
-    if importlib.util.find_spec(MEASURED):
-        importlib.import_module(MEASURED).add_arguments(attention)
-    _lab(attention)
-
-
-def _lab(parser: Parser) -> None:
-    """The flags of the laboratory; those that the measured benchmark has too are shared."""
     from attnlab.analysis.targets import TARGETS
 
-    def add(flag: str, **keywords: Any) -> None:
-        if flag not in parser._option_string_actions:
-            parser.add_argument(flag, **keywords)
-
-    add("--target", metavar="NAME", help=f"compile for {', '.join(TARGETS)}; nothing is measured")
-    add("--all-targets", action="store_true", help="compile for every target")
-    add("--shape", nargs="+", metavar="NAME",
-        help="shapes of ops/attention/shapes.py, or their tags (default: primary)")
-    add("--impl", nargs="+", metavar="NAME",
-        help="implementations (default: those with block sizes on the target)")
-    add("--blocks", nargs="+", metavar="SIZES",
-        help="name=size,... a candidate; used: what a call takes (default); all: every candidate")
-    add("--backward", action="store_true", help="forward and backward instead of forward")
-    add("--golden", metavar="FILE", help="write the rows that CI compares schedules with")
-    add("--out", metavar="FILE", help="append the rows to this JSON file")
+    bench.add_arguments(p)
+    lab = p.add_argument_group(
+        "attention by its compiler", "nothing is measured; --impl and --out as above"
+    )
+    where = lab.add_mutually_exclusive_group()
+    where.add_argument("--target", metavar="NAME", help=f"compile for {', '.join(TARGETS)}")
+    where.add_argument("--all-targets", action="store_true", help="compile for every target")
+    lab.add_argument("--shape", nargs="+", metavar="NAME",
+                     help="shapes of ops/attention/shapes.py, or their tags (default: primary)")
+    lab.add_argument("--blocks", nargs="+", metavar="SIZES",
+                     help="name=size,... a candidate; used: what a call takes (default); all")
+    lab.add_argument("--backward", action="store_true",
+                     help="forward and backward instead of forward")
+    lab.add_argument("--golden", metavar="FILE",
+                     help="write the rows that CI compares schedules with")
 
 
 def run(args: Args) -> int:
-    if args.what == "train":
-        from attnlab.analysis import bench
+    from attnlab.analysis import bench
 
+    wanted = args.target or args.all_targets
+    if not wanted:
+        for name, default in _LAB.items():
+            if getattr(args, name) != default:
+                rule = "means nothing without --target or --all-targets"
+                raise ConfigError(f"--{name}", rule, "pass --target v5e")
         return bench.main(args)
-    if args.target or args.all_targets:
-        from attnlab.analysis import lab
-
-        return lab.main(args)
-    if not importlib.util.find_spec(MEASURED):
+    if args.what != "attention":
         raise ConfigError(
-            "bench attention without --target", "would measure on this device, which is not built",
-            "pass --target v5e or --all-targets",
+            f"bench {args.what} with a target", "only attention is compiled for absent devices",
+            "use bench attention",
         )
-    return importlib.import_module(MEASURED).main(args)
+    measured = bench.TRAIN | bench.ATTENTION | {"seq_len": None}
+    bench.refuse(args, measured, "bench attention --target")
+    from attnlab.analysis import lab
+
+    return lab.main(args)

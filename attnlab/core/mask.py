@@ -2,13 +2,15 @@
 
 A mask is a function of the coordinates of queries and keys (position, segment, array index), never
 a ``T x S`` array, so the same value serves a full pass, a chunk of it, a cache and a shard. Every
-implementation applies it in the same way: ``visible`` on a tile, ``maybe`` on the bounds of a tile
-to skip tiles that hold no visible pair.
+implementation applies it in the same way: ``sees`` on a pair (``visible`` on a tile), and on the
+bounds of a tile ``maybe`` to skip tiles that hold no visible pair and ``surely`` to leave the mask
+out where every pair is visible.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from attnlab.core.errors import ConfigError, ShapeError
+from attnlab.core.mods import Mod
 
 STATIC = {"static": True}  # a field fixed at trace time
 
@@ -61,6 +64,25 @@ class Bounds:
     index_max: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One (query, key) pair of a row and head, or arrays of them that broadcast."""
+
+    batch: Any
+    head: Any
+    q_pos: Any
+    k_pos: Any
+    q_index: Any
+    k_index: Any
+    q_segment: Any
+    k_segment: Any
+
+    @property
+    def distance(self) -> Any:
+        """Query position minus key position."""
+        return self.q_pos - self.k_pos
+
+
 class Mask:
     """Base of all masks. ``a & b``: both allow it; ``a | b``: one of them does."""
 
@@ -70,13 +92,38 @@ class Mask:
     def __or__(self, other: Mask) -> Mask:
         return Or(self, other)
 
+    def sees(self, pair: Pair) -> Any:
+        """Whether the query of each pair sees its key."""
+        raise NotImplementedError(f"{type(self).__name__}.sees")
+
     def visible(self, q: Coords, k: Coords) -> jax.Array:
         """Bool array that broadcasts to ``[B, N, T, S]``."""
-        raise NotImplementedError(f"{type(self).__name__}.visible")
+
+        def row(x):
+            return None if x is None else x[..., None, :, None]
+
+        def column(x):
+            return None if x is None else x[..., None, None, :]
+
+        batch = jnp.arange(q.positions.shape[0])[:, None, None, None]
+        return self.sees(
+            Pair(
+                batch, None, row(q.positions), column(k.positions), row(q.index[None]),
+                column(k.index[None]), row(q.segments), column(k.segments),
+            )
+        )
 
     def maybe(self, q: Bounds, k: Bounds) -> Any:
         """False only if no pair of the two boxes is visible."""
         return True
+
+    def surely(self, q: Bounds, k: Bounds) -> Any:
+        """True only if every pair of the two boxes is visible."""
+        return False
+
+    def bound(self, B: int, N: int) -> Mask:
+        """This mask for ``B`` rows and ``N`` heads, where it asks for their numbers."""
+        return self
 
     def check(self, B: int, N: int, T: int) -> None:
         """Raise ShapeError unless the arrays of the mask fit ``T`` queries of B rows, N heads."""
@@ -100,6 +147,9 @@ class _Pair(Mask):
         self.left.check(B, N, T)
         self.right.check(B, N, T)
 
+    def bound(self, B, N):
+        return type(self)(self.left.bound(B, N), self.right.bound(B, N))
+
     def specs(self, batch, heads):
         return type(self)(self.left.specs(batch, heads), self.right.specs(batch, heads))
 
@@ -107,26 +157,48 @@ class _Pair(Mask):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class And(_Pair):
+    def sees(self, pair):
+        return self.left.sees(pair) & self.right.sees(pair)
+
     def visible(self, q, k):
         return self.left.visible(q, k) & self.right.visible(q, k)
 
     def maybe(self, q, k):
-        return jnp.logical_and(self.left.maybe(q, k), self.right.maybe(q, k))
+        return _and(self.left.maybe(q, k), self.right.maybe(q, k))
+
+    def surely(self, q, k):
+        return _and(self.left.surely(q, k), self.right.surely(q, k))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Or(_Pair):
+    def sees(self, pair):
+        return self.left.sees(pair) | self.right.sees(pair)
+
     def visible(self, q, k):
         return self.left.visible(q, k) | self.right.visible(q, k)
 
     def maybe(self, q, k):
-        return jnp.logical_or(self.left.maybe(q, k), self.right.maybe(q, k))
+        return _or(self.left.maybe(q, k), self.right.maybe(q, k))
+
+    def surely(self, q, k):
+        return _or(self.left.surely(q, k), self.right.surely(q, k))
 
 
-def _distance(q: Coords, k: Coords) -> jax.Array:
-    """Query position minus key position, ``[B, 1, T, S]``."""
-    return q.positions[:, None, :, None] - k.positions[:, None, None, :]
+# Bounds are NumPy on the host (static lists) or traced; Python truth values serve both.
+
+
+def _and(a, b):
+    if isinstance(a, bool):
+        return b if a else False
+    return _and(b, a) if isinstance(b, bool) else a & b
+
+
+def _or(a, b):
+    if isinstance(a, bool):
+        return True if a else b
+    return _or(b, a) if isinstance(b, bool) else a | b
 
 
 @jax.tree_util.register_dataclass
@@ -134,8 +206,11 @@ def _distance(q: Coords, k: Coords) -> jax.Array:
 class Full(Mask):
     """Every key is visible."""
 
-    def visible(self, q, k):
-        return jnp.ones((1, 1, q.index.shape[0], k.index.shape[0]), bool)
+    def sees(self, pair):
+        return (pair.q_index >= 0) & (pair.k_index >= 0)
+
+    def surely(self, q, k):
+        return True
 
 
 @jax.tree_util.register_dataclass
@@ -143,11 +218,14 @@ class Full(Mask):
 class Causal(Mask):
     """Keys at the query's position or before."""
 
-    def visible(self, q, k):
-        return _distance(q, k) >= 0
+    def sees(self, pair):
+        return pair.distance >= 0
 
     def maybe(self, q, k):
         return k.first <= q.last
+
+    def surely(self, q, k):
+        return k.last <= q.first
 
 
 @jax.tree_util.register_dataclass
@@ -175,14 +253,17 @@ class Window(Mask):
             "use 0 for none and None for no limit",
         )
 
-    def visible(self, q, k):
-        distance = _distance(q, k)
-        seen = distance < self.size
-        return seen if self.ahead is None else seen & (distance >= -self.ahead)
+    def sees(self, pair):
+        seen = pair.distance < self.size
+        return seen if self.ahead is None else seen & (pair.distance >= -self.ahead)
 
     def maybe(self, q, k):
         near = q.first - k.last < self.size
         return near if self.ahead is None else near & (k.first - q.last <= self.ahead)
+
+    def surely(self, q, k):
+        near = q.last - k.first < self.size
+        return near if self.ahead is None else near & (k.last - q.first <= self.ahead)
 
 
 @jax.tree_util.register_dataclass
@@ -190,15 +271,19 @@ class Window(Mask):
 class Segments(Mask):
     """Keys of the query's own segment; segment 0 is padding and sees nothing."""
 
-    def visible(self, q, k):
-        a, b = self._both(q.segments, k.segments)
-        a, b = a[:, None, :, None], b[:, None, None, :]
+    def sees(self, pair):
+        a, b = self._both(pair.q_segment, pair.k_segment)
         return (a == b) & (a > 0)
 
     def maybe(self, q, k):
         self._both(q.segment_max, k.segment_max)
         overlap = (q.segment_max >= k.segment_min) & (q.segment_min <= k.segment_max)
         return overlap & (q.segment_max > 0) & (k.segment_max > 0)
+
+    def surely(self, q, k):
+        self._both(q.segment_max, k.segment_max)
+        same = (q.segment_min == k.segment_max) & (q.segment_max == k.segment_min)
+        return same & (q.segment_min == q.segment_max) & (q.segment_min > 0)
 
     def _both(self, q, k) -> tuple[jax.Array, jax.Array]:
         if q is None or k is None:
@@ -220,11 +305,15 @@ class Prefix(Mask):
 
     length: Any
 
-    def visible(self, q, k):
-        return k.positions[:, None, None, :] < jnp.asarray(self.length).reshape(-1, 1, 1, 1)
+    def sees(self, pair):
+        length = jnp.asarray(self.length).reshape(-1)
+        return pair.k_pos < (length[pair.batch] if length.size > 1 else length[0])
 
     def maybe(self, q, k):
         return k.first < jnp.max(jnp.asarray(self.length))
+
+    def surely(self, q, k):
+        return k.last < jnp.min(jnp.asarray(self.length))
 
     def check(self, B, N, T):
         shape = jnp.shape(self.length)
@@ -248,11 +337,14 @@ class SinkTokens(Mask):
     def __post_init__(self):
         _require(self.count >= 0, f"sink_tokens = {self.count}", "is a count", "use 0 for none")
 
-    def visible(self, q, k):
-        return (k.positions[:, None, None, :] < self.count) & (_distance(q, k) >= 0)
+    def sees(self, pair):
+        return (pair.k_pos < self.count) & (pair.distance >= 0)
 
     def maybe(self, q, k):
         return (k.first < self.count) & (k.first <= q.last)
+
+    def surely(self, q, k):
+        return (k.last < self.count) & (k.last <= q.first)
 
 
 @jax.tree_util.register_dataclass
@@ -273,6 +365,11 @@ class Blocks(Mask):
         for name in ("block_q", "block_k"):
             size = getattr(self, name)
             _require(size >= 1, f"{name} = {size}", "counts the tokens of a block", "use 1 or more")
+
+    def sees(self, pair):
+        row = self.lists
+        row = row[pair.batch if row.shape[0] > 1 else 0, pair.head if row.shape[1] > 1 else 0]
+        return (row[pair.q_index // self.block_q] == pair.k_index // self.block_k).any()
 
     def visible(self, q, k):
         rows = jnp.take(self.lists, q.index // self.block_q, axis=2)
@@ -299,6 +396,37 @@ class Blocks(Mask):
         rows, columns, *_ = self.lists.shape
         part = P(batch if rows > 1 else None, heads if columns > 1 else None)
         return dataclasses.replace(self, lists=part)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MaskMod(Mask):
+    """Any traced ``mask_mod(head, q_pos, k_pos) -> bool``; see ``core.mods`` for what it may read.
+
+    ``MaskMod.of(lambda head, q_pos, k_pos: (q_pos - k_pos) % 4 == 0)``. Arrays that it closes over
+    get no gradient. Nothing is known of its tiles: compose it with structured masks where it can
+    be, so that they skip what they rule out.
+    """
+
+    mod: Mod
+
+    @staticmethod
+    def of(function: Callable[..., Any]) -> MaskMod:
+        return MaskMod(Mod.of(function))
+
+    def sees(self, pair):
+        values = [getattr(pair, name) for name in self.mod.program.inputs]
+        arguments = [0 if v is None else v for v in values]
+        return self.mod.of_pair(*arguments)
+
+    def visible(self, q, k):
+        return self.mod.on_grid(q, k)
+
+    def bound(self, B, N):
+        return MaskMod(self.mod.bound(B, N))
+
+    def specs(self, batch, heads):
+        return MaskMod(self.mod.specs(P, batch, heads))
 
 
 def conjuncts(mask: Mask) -> list[Mask]:

@@ -9,6 +9,8 @@ import jax.experimental
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
+JAX: tuple[int, ...] = tuple(int(n) for n in jax.__version__.split(".")[:3] if n.isdigit())
+
 
 def enable_x64(on: bool = True):
     """Context manager that switches 64-bit types on (moved out of jax.experimental in 0.11)."""

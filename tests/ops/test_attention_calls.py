@@ -197,7 +197,8 @@ def _check_vendor(f, mask, packed, V, cap):
     segments = jnp.asarray(np.repeat([4, 1, 2, 0], LENGTHS)[None]) if packed else None
     coords = Coords(jnp.asarray(positions[None]), segments, jnp.arange(T))
     options = dict(
-        mask=mask & Segments() if packed else mask, q_coords=coords, k_coords=coords, scale=0.1,
+        mask=mask & Segments() if packed else mask, score=None,
+        q_coords=coords, k_coords=coords, scale=0.1,
         sink_logits=None, logit_cap=cap, return_lse=False, softmax_dtype=jnp.dtype("float32"),
         layout="packed" if packed else "full",
     )
@@ -229,7 +230,8 @@ def test_splash_lowers_for_tpu():
     def f(q, k, v, segments):
         coords = Coords(segments, segments, jnp.arange(256))
         o, _ = vendor.splash(
-            q, k, v, mask=Causal(), q_coords=coords, k_coords=coords, scale=0.1, sink_logits=None,
+            q, k, v, mask=Causal(), score=None,
+            q_coords=coords, k_coords=coords, scale=0.1, sink_logits=None,
             logit_cap=None, return_lse=False, softmax_dtype=None, layout="packed",
         )
         return o.astype(jnp.float32).sum()

@@ -88,7 +88,8 @@ def kernel_over_shards(N: int, K: int) -> None:
     segments = jnp.where(place < cut, 1, jnp.where(place < 120, 2, 0))
     coords = Coords(jnp.where(place < cut, place, place - cut), segments, jnp.arange(T))
     call = dict(
-        mask=Causal() & Segments(), q_coords=coords, k_coords=coords, scale=0.1, sink_logits=None,
+        mask=Causal() & Segments(), score=None,
+        q_coords=coords, k_coords=coords, scale=0.1, sink_logits=None,
         logit_cap=None, return_lse=False, softmax_dtype=jnp.dtype("float32"), layout="packed",
     )
     kernel = functools.partial(_over_shards, functools.partial(vendor.splash, interpret=True))
@@ -122,7 +123,7 @@ def masks_over_shards() -> None:
         Blocks(lists[:1], 2, 2) | Causal(), Blocks(lists[:, :1], 2, 2) & Causal(),
     ):
         call = dict(
-            mask=mask, q_coords=coords, k_coords=coords, scale=0.5, logit_cap=None,
+            mask=mask, score=None, q_coords=coords, k_coords=coords, scale=0.5, logit_cap=None,
             return_lse=True, softmax_dtype=jnp.dtype("float32"), layout="any",
             sink_logits=jnp.arange(N) / 4,
         )

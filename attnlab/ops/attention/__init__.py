@@ -2,12 +2,15 @@
 
 For query row ``t`` of head ``n`` and its key/value head ``n // G``::
 
-    z[t, s] = cap(scale * q[t, n] . k[s, n // G])        cap(z) = c tanh(z / c) if logit_cap = c
+    z[t, s] = mod(cap(scale * q[t, n] . k[s, n // G]))
+    cap(z) = c tanh(z / c) if logit_cap = c; mod is the score_mod
     p[t, s] = exp(z[t, s]) / (sum_{s visible} exp(z[t, s]) + exp(sink_logits[n]))
     o[t, n] = sum_s p[t, s] v[s, n // G]
     lse[t, n] = log(sum_{s visible} exp(z[t, s]) + exp(sink_logits[n]))
 
-Order of application: scale, logit cap, mask, sink logits, softmax. A row without visible key and
+Order of application: scale, logit cap, score_mod, mask, sink logits, softmax.
+
+A row without visible key and
 without sink returns zero with zero gradient, and ``lse = -inf``.
 """
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -28,9 +31,10 @@ from attnlab.core import axes
 from attnlab.core.dispatch import Device, Implementation, Op
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError
 from attnlab.core.linear import widened
-from attnlab.core.mask import Causal, Coords, Mask, Segments, SinkTokens, parts
+from attnlab.core.mask import Causal, Coords, Mask, MaskMod, Segments, SinkTokens, parts
+from attnlab.core.mods import Mod, Program
 from attnlab.core.types import LAYOUTS, Layout
-from attnlab.ops.attention import reference, vendor, xla
+from attnlab.ops.attention import gpu, reference, vendor, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Call:
             prefix lengths in it may be traced). layout: what is promised of positions and segments;
             "full" only if queries and keys are the same row of positions 0..T-1.
         segments, sink_logits, return_lse: whether present. logit_cap: value or None.
-        device: what the call is compiled for. softmax_dtype: of logits, sums and lse.
+        device: what the call is compiled for. softmax_dtype: of logits, sums and lse. score: the
+            traced score_mod or None.
     """
 
     B: int
@@ -61,6 +66,7 @@ class Call:
     return_lse: bool
     device: Device
     softmax_dtype: str = "float32"
+    score: Program | None = None
 
 
 def _always(call: Call) -> str | None:
@@ -72,11 +78,12 @@ OP = Op(
     [
         Implementation("reference", _always, reference.forward),
         Implementation("xla", _always, xla.forward),
+        gpu.IMPLEMENTATION,
         *vendor.IMPLEMENTATIONS,
     ],
     {
         "cpu": ("xla",),
-        "gpu": ("cudnn", "tokamax", "xla"),
+        "gpu": ("cudnn", "gpu", "tokamax", "xla"),
         "tpu": ("splash", "xla"),
     },
 )
@@ -95,7 +102,8 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K V"],
     *,
-    mask: Mask | None = None,
+    mask: Mask | Callable[..., Any] | None = None,
+    score_mod: Callable[..., Any] | None = None,
     scale: float | None = None,
     positions: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     segments: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
@@ -110,8 +118,12 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
     """Attention of ``q[B, T, N, H]`` over ``k[B, S, K, H]`` and ``v[B, S, K, V]``.
 
     Args:
-        mask: a composed mask, default ``Causal()``. Where segments are given, tokens see each other
-            only inside one segment and segment 0 sees nothing, whatever the mask says.
+        mask: a composed mask, or a function ``mask_mod(head, q_pos, k_pos) -> bool``; default
+            ``Causal()``. Where segments are given, tokens see each other only inside one segment
+            and segment 0 sees nothing, whatever the mask says.
+        score_mod: ``score_mod(score, head, q_pos, k_pos) -> score``, traced on scalars; it may
+            close over arrays (slopes, relative tables, biases), which get their gradients. See
+            ``core.mods`` for what else it may read.
         scale: multiplies the logits; default ``H**-0.5``.
         positions, segments: int32 ``[B, T]`` for both sides (then S = T), or a pair
             ``([B, T], [B, S])``. No positions means ``0..T-1`` on both sides.
@@ -124,15 +136,18 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
         impl: None (first that serves the call), a name, or a sequence of names to try.
 
     Returns:
-        ``o[B, T, N, V]`` in the dtype of v, or ``(o, lse)``. Differentiable in q, k, v and
-        sink_logits, through o and lse (vendor kernels: once, and they return no lse).
+        ``o[B, T, N, V]`` in the dtype of v, or ``(o, lse)``. Differentiable in q, k, v, sink_logits
+        and what score_mod closes over, through o and lse (kernels: once; second derivatives raise).
 
     Raises:
         ShapeError, DtypeError, ConfigError: on bad arguments.
         ImplementationError: ``impl`` refuses the call.
     """
     B, T, N, H, S, K, V = _shapes(q, k, v)
-    mask = Causal() if mask is None else mask
+    if mask is None:
+        mask = Causal()
+    elif not isinstance(mask, Mask):
+        mask = MaskMod.of(mask)
     if sink_tokens:
         mask = mask | SinkTokens(sink_tokens)
     full = positions is None
@@ -186,10 +201,15 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
             'use "float32"',
         )
     mask.check(B, N, T)
+    mask = mask.bound(B, N)
+    softmax_dtype = jnp.dtype(softmax_dtype).name
+    score = None
+    if score_mod is not None:
+        score = Mod.of(score_mod, score_dtype=softmax_dtype).bound(B, N)
     call = Call(
         B, T, S, N, K, H, V, q.dtype.name, mask, layout, segments is not None,
-        sink_logits is not None, logit_cap, return_lse, Device.default(),
-        jnp.dtype(softmax_dtype).name,
+        sink_logits is not None, logit_cap, return_lse, Device.default(), softmax_dtype,
+        None if score is None else score.program,
     )
     chosen = OP.choose(call, impl)
     forward = chosen.forward
@@ -201,6 +221,7 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
         k_coords=Coords(k_pos, k_seg, jnp.arange(S, dtype=jnp.int32)),
         sink_logits=sink_logits,
         mask=mask,
+        score=score,
         scale=1.0 / math.sqrt(H) if scale is None else scale,
         logit_cap=logit_cap,
         return_lse=return_lse,
@@ -210,7 +231,7 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
     return (out, lse) if return_lse else out
 
 
-def _over_shards(forward, q, k, v, *, mask, q_coords, k_coords, sink_logits, **static):
+def _over_shards(forward, q, k, v, *, mask, score, q_coords, k_coords, sink_logits, **static):
     """``forward`` on each device's rows and heads, for kernels that XLA cannot cut itself.
 
     Rows and heads are independent of each other: nothing is communicated. Heads stay whole where
@@ -219,16 +240,16 @@ def _over_shards(forward, q, k, v, *, mask, q_coords, k_coords, sink_logits, **s
 
     dtype = k.dtype
 
-    def part(q, k, v, mask, q_coords, k_coords, sink_logits):
+    def part(q, k, v, mask, score, q_coords, k_coords, sink_logits):
         k, v = k.astype(dtype), v.astype(dtype)
         return forward(
-            q, k, v, mask=mask, q_coords=q_coords, k_coords=k_coords, sink_logits=sink_logits,
-            **static,
+            q, k, v, mask=mask, score=score, q_coords=q_coords, k_coords=k_coords,
+            sink_logits=sink_logits, **static,
         )
 
     context = axes.current()
     if context is None or context[0].size == 1:
-        return part(q, k, v, mask, q_coords, k_coords, sink_logits)
+        return part(q, k, v, mask, score, q_coords, k_coords, sink_logits)
     N, K = q.shape[2], k.shape[2]
     batch, heads, kv_heads = axes.cut("batch", q.shape[0]), axes.cut("heads", N), ()
     if K > 1:
@@ -239,10 +260,11 @@ def _over_shards(forward, q, k, v, *, mask, q_coords, k_coords, sink_logits, **s
     coords: Any = Coords(P(batch), P(batch), P())  # type: ignore[arg-type] - specs in its shape
     if q_coords.segments is None:
         coords = dataclasses.replace(coords, segments=None)
-    specs = (q_spec, kv_spec, kv_spec, mask.specs(batch, heads), coords, coords, P(heads))
+    mods = None if score is None else score.specs(P, batch, heads)
+    specs = (q_spec, kv_spec, kv_spec, mask.specs(batch, heads), mods, coords, coords, P(heads))
     return jax.shard_map(
         part, mesh=context[0], in_specs=specs, out_specs=(q_spec, q_spec), check_vma=False
-    )(q, k, v, mask, q_coords, k_coords, sink_logits)
+    )(q, k, v, mask, score, q_coords, k_coords, sink_logits)
 
 
 def _shapes(q, k, v) -> tuple[int, int, int, int, int, int, int]:

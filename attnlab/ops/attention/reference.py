@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 
 def forward(
-    q, k, v, *, mask, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse, softmax_dtype,
-    layout,
+    q, k, v, *, mask, score, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse,
+    softmax_dtype, layout,
 ):
     """Returns ``(o, lse)``; see ``attention``."""
     B, T, N, _ = q.shape
@@ -19,6 +19,8 @@ def forward(
     if logit_cap is not None:
         z = logit_cap * jnp.tanh(z / logit_cap)
     z = z.reshape(B, N, T, -1)
+    if score is not None:
+        z = score.on_grid(q_coords, k_coords, z)
     z = jnp.where(mask.visible(q_coords, k_coords), z, -jnp.inf)
     top = z.max(-1, keepdims=True)
     if sink_logits is not None:

@@ -37,6 +37,7 @@ def _limits(call, dtypes: tuple[str, ...], layouts: tuple[str, ...]):
     yield call.T != call.S, f"T = {call.T} and S = {call.S} differ"
     yield plain(call.mask) is None, "the mask is more than causal, window and segments"
     yield call.sink_logits, "sink logits are not served"
+    yield call.score is not None, "a score_mod is not served"
     yield call.return_lse, "its log-sum-exp has no gradient"
 
 
@@ -69,8 +70,8 @@ def _cudnn_refuses(call) -> str | None:
 
 
 def cudnn(
-    q, k, v, *, mask, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse, softmax_dtype,
-    layout,
+    q, k, v, *, mask, score, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse,
+    softmax_dtype, layout,
 ):
     """cuDNN's fused attention, as jax.nn exposes it."""
     causal, window = plain(mask)  # type: ignore[misc]
@@ -120,8 +121,8 @@ def _tokamax():
 
 
 def tokamax(
-    q, k, v, *, mask, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse, softmax_dtype,
-    layout,
+    q, k, v, *, mask, score, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse,
+    softmax_dtype, layout,
 ):
     """tokamax's Mosaic GPU kernel, as key ranges ``[k_start, k_end)`` of every query row."""
     op, ranges = _tokamax()
@@ -155,8 +156,8 @@ def _splash_refuses(call) -> str | None:
 
 
 def splash(
-    q, k, v, *, mask, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse, softmax_dtype,
-    layout, interpret: bool = False,
+    q, k, v, *, mask, score, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse,
+    softmax_dtype, layout, interpret: bool = False,
 ):
     """JAX's splash attention. It applies no scale, so q is scaled before (one rounding in bf16)."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as lib

@@ -39,8 +39,8 @@ TILE_BYTES = 64 * 2**20
 
 
 def forward(
-    q, k, v, *, mask, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse, softmax_dtype,
-    layout,
+    q, k, v, *, mask, score, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse,
+    softmax_dtype, layout,
 ):
     """Returns ``(o, lse)``; see ``attention``.
 

@@ -1,0 +1,442 @@
+"""Backward kernels for Hopper: one over tiles of queries for dq, one over tiles of keys for dk, dv.
+
+Each recomputes its logits, so nothing is added across blocks and results are the same bit for bit
+in every run. With ``z = mod(scale q k)``, ``p = exp(z - lse)``, ``delta = rowsum(o do) - dlse``::
+
+    dz = p * (do v^T - delta)      ds = pull(dz), the vjp of mod on the tile
+    dq = scale ds k                dv = p^T do                dk = scale ds^T q
+
+Gradients of what mod was handed are sums of ``pull(dz)`` over a tile: of scalars and of rows along
+the keys (dq kernel), of columns along the queries (dk, dv kernel, whose tiles are transposed).
+FLOPs of a pair: ``2 (2 H + V) + 2 (2 H + 2 V)`` against ``2 (3 H + 2 V)`` without recomputation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from attnlab.ops.attention.blocks import BlockLists
+from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, total, visit
+from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Plan, Tile
+
+COLUMN = LAYOUT.reduce(0)
+ROW_GROUPS = ("heads", "rows", "distances")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of a backward kernel; see ``gpu_forward.Config``.
+
+    turns: whether the two warpgroups take turns on the tensor cores or run as they come.
+    """
+
+    block_q: int
+    block_k: int
+    stages: int
+    registers: int = 232
+    turns: bool = True
+
+
+def asked(plan: Plan, groups: tuple[str, ...]) -> tuple[int, ...]:
+    """Which handed values of the score get a gradient in a kernel that sums ``groups``."""
+    if plan.score is None:
+        return ()
+    return tuple(
+        i for i, h in enumerate(plan.score.handed) if h.group in groups and h.dtype == "float32"
+    )
+
+
+def row_sums(plan: Plan) -> tuple[int, ...]:
+    """How many sums over the keys each of ``asked(plan, ROW_GROUPS)`` takes."""
+    return tuple(
+        plan.diagonals.numbers.size if plan.score.handed[i].group == "distances" else 1
+        for i in asked(plan, ROW_GROUPS)
+    )
+
+
+def pull_scores(tile: Tile, s, wanted: tuple[int, ...]):
+    """Modified scores of raw logits ``s`` and the function from ``dz`` to the cotangents of
+    ``scale * s`` and of each wanted handed value, as tiles."""
+    plan = tile.plan
+    s = s * plan.scale
+    body = plan.score
+    if body is None:
+        return s, lambda dz: (dz,)
+    handed = [tile.operand(f"score{i}", h.group) for i, h in enumerate(body.handed)]
+    known = tile.known(body)
+
+    def modified(s, *tiles):
+        given = list(handed)
+        for i, x in zip(wanted, tiles, strict=True):
+            given[i] = (x, "tile")
+        return body(known | {"score": (s, "tile")}, given, tile.lift)
+
+    tiles = [tile.lift(*handed[i], "tile") for i in wanted]
+    return jax.vjp(modified, s, *tiles)
+
+
+def _add_products(accumulators, lefts, rights, staging, wg):
+    """``acc += left right`` with left in registers, right in shared memory, started together.
+
+    The interpreter takes no register operand: there ``staging`` holds it.
+    """
+    if staging is None:
+
+        def add(refs):
+            for ref, left, right in zip(refs, lefts, rights, strict=True):
+                plgpu.wgmma(ref, left, right)
+
+        return pl.run_state(add)(tuple(plgpu.ACC.init(a) for a in accumulators))
+    out = []
+    for acc, left, right in zip(accumulators, lefts, rights, strict=True):
+        staging[wg] = left
+        plgpu.commit_smem()
+
+        def product(ref, right=right):
+            plgpu.wgmma(ref, staging.at[wg], right)
+            return ref[...]
+
+        out.append(acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32)))
+    return tuple(out)
+
+
+def _zeros(shape, layout):
+    return plgpu.layout_cast(jnp.full(shape, 0, jnp.float32), layout)
+
+
+def _take_apart(refs, counts):
+    out, at = [], 0
+    for count in counts:
+        out.append(refs[at : at + count])
+        at += count
+    return out
+
+
+def grad_q(
+    plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, order, operands, *,
+    interpret: Any = None,
+):
+    """``dq[B, T, N, H]`` and, as many as ``row_sums(plan)`` counts, fp32 sums over the keys
+    ``[B, N, T']`` of the cotangents of ``asked(plan, ROW_GROUPS)``. lse (base 2) and delta:
+    float32 ``[B, N, T']``."""
+    B, _, N, H = q.shape
+    K, V = v.shape[2:]
+    G, rows, dtype = N // K, lists.rows, q.dtype
+    block_k, stages = config.block_k, config.stages
+    names = [name for name, _ in plan.names]
+    wanted = asked(plan, ROW_GROUPS)
+    totals = row_sums(plan)
+    leaves, tree = jax.tree.flatten(lists)
+    inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
+    sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
+    outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * sum(totals)]
+
+    def _added(tile, sums, rest):
+        """Row sums with those of this tile; a value by distance has one for each number."""
+        sums, out = list(sums), []
+        for count, x in zip(totals, rest, strict=True):
+            group, sums = sums[:count], sums[count:]
+            if plan.score.handed[wanted[len(out)]].group != "distances":
+                out.append([group[0] + x.sum(axis=1)])
+            elif tile.number is None:
+                out.append(group)  # a stored tile: see gpu_distance.grad_tiles
+            else:
+                x = x.sum(axis=1)
+                mine = [jnp.where(tile.number == i, 1.0, 0.0) for i in range(count)]
+                out.append([g + x * one for g, one in zip(group, mine, strict=True)])
+        return [g for group in out for g in group]
+
+    def kernel(*refs):
+        (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
+            _take_apart(refs, (7, len(leaves), len(names), len(outs)))
+        )
+        block_lists = jax.tree.unflatten(tree, listed)
+        operand_refs = dict(zip(names, given, strict=True))
+
+        def scoped(q_smem, do_smem, k_smem, v_smem, staging, q_bar, kv_bar, free, turn):
+            wg, step_id = lax.axis_index("wg"), lax.axis_index("tile")
+            bn, r = lax.div(step_id, rows), lax.rem(step_id, rows)
+            b, n = lax.div(bn, N), lax.rem(bn, N)
+            row = order_ref[r]
+            full, partial = block_lists.full, block_lists.partial
+            tiles = total(full, b, n, row) + total(partial, b, n, row)
+
+            def swap_turns():
+                if config.turns:
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
+
+            @pl.when(wg < COMPUTE)
+            def _compute():
+                if interpret is None:
+                    plgpu.set_max_registers(config.registers, action="increase")
+                q0 = row * config.block_q + wg * WIDTH
+                at = (b, pl.ds(q0, WIDTH), n)
+                plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[wg], q_bar.at[wg])
+                plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[wg], q_bar.at[wg])
+                vector = (b, n, pl.ds(q0, WIDTH))
+                lse, delta = (
+                    plgpu.load(x.at[vector], layout=ROW, optimized=False)
+                    for x in (lse_ref, delta_ref)
+                )
+                plgpu.barrier_wait(q_bar.at[wg])
+                pl.when(tiles > 0)(lambda: plgpu.barrier_wait(kv_bar.at[0]))
+                pl.when(wg == 1)(swap_turns)
+
+                def step(j, carry, masked):
+                    dq, sums, it = carry
+                    slot = lax.rem(it, stages)
+                    shape = (WIDTH, block_k)
+
+                    def scope(s_ref, dp_ref):
+                        plgpu.wgmma(s_ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp_ref, do_smem.at[wg], v_smem.at[slot].transpose((1, 0)))
+                        swap_turns()
+                        return s_ref[...], dp_ref[...]
+
+                    acc = plgpu.ACC(shape, jnp.float32)
+                    s, dp = pl.run_scoped(scope, acc, acc)
+                    tile = Tile(plan, operand_refs, b, n, q0, j * block_k, shape)
+
+                    def local(tile, s, dp, *sums):
+                        z, pull = pull_scores(tile, s, wanted)
+                        z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (0,))
+                        if masked:
+                            z = jnp.where(tile.seen(), z, -jnp.inf)
+                        dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
+                        ds, *rest = pull(dz)
+                        return ds.astype(dtype), *_added(tile, sums, rest)
+
+                    narrow, *sums = tile.by_kind(local, s, dp, *sums)
+                    sums = tuple(sums)
+                    if interpret is None:
+                        dq, sums, narrow = lax.optimization_barrier((dq, sums, narrow))
+                    swap_turns()
+                    (dq,) = _add_products((dq,), (narrow,), (k_smem.at[slot],), staging, wg)
+                    plgpu.barrier_arrive(free.at[slot])
+                    after = lax.rem(it + 1, stages)
+                    pl.when(it + 1 < tiles)(lambda: plgpu.barrier_wait(kv_bar.at[after]))
+                    return dq, sums, it + 1
+
+                carry = (
+                    _zeros((WIDTH, H), LAYOUT),
+                    tuple(_zeros((WIDTH,), ROW) for _ in range(sum(totals))), jnp.int32(0),
+                )
+                carry = visit(full, b, n, row, lambda j, c: step(j, c, False), carry)
+                dq, sums, _ = visit(partial, b, n, row, lambda j, c: step(j, c, True), carry)
+                pl.when(wg == 0)(swap_turns)
+                q_smem[wg] = (dq * plan.scale).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_smem.at[wg], results[0].at[at])
+                for out, x in zip(results[1:], sums, strict=True):
+                    out[vector] = x
+                plgpu.wait_smem_to_gmem(0)
+
+            @pl.when(wg == COMPUTE)
+            def _copy():
+                if interpret is None:
+                    plgpu.set_max_registers(40, action="decrease")
+                kv = lax.div(n, G)
+
+                def fetch(j, it):
+                    slot = lax.rem(it, stages)
+                    at = (b, pl.ds(j * block_k, block_k), kv)
+                    pl.when(it >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                    plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[slot], kv_bar.at[slot])
+                    plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[slot], kv_bar.at[slot])
+                    return it + 1
+
+                it = visit(full, b, n, row, fetch, jnp.int32(0))
+                drain(free, visit(partial, b, n, row, fetch, it), stages)
+
+        pl.run_scoped(
+            scoped,
+            tiled(dtype, COMPUTE, WIDTH, H), tiled(dtype, COMPUTE, WIDTH, V),
+            tiled(dtype, stages, block_k, H), tiled(dtype, stages, block_k, V),
+            None if interpret is None else tiled(dtype, COMPUTE, WIDTH, block_k),
+            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTE),
+            collective_axes="wg",
+        )
+
+    return _launch(kernel, outs, B * N * rows, inputs, interpret)
+
+
+def grad_kv(
+    plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, order, operands, *,
+    interpret: Any = None,
+):
+    """``dk[B, S, K, H]``, ``dv[B, S, K, V]`` and, for each score of ``asked(plan, ("columns",))``,
+    fp32 sums over the queries ``[B, N, S']``. ``lists`` are transposed."""
+    B, _, N, H = q.shape
+    K, V = v.shape[2:]
+    G, rows, dtype = N // K, lists.rows, q.dtype
+    block_q, stages = config.block_q, config.stages
+    names = [name for name, _ in plan.names]
+    wanted = asked(plan, ("columns",))
+    leaves, tree = jax.tree.flatten(lists)
+    inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
+    sums = jax.ShapeDtypeStruct((B, N, rows * config.block_k), jnp.float32)
+    outs = [
+        jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype),
+        *[sums for _ in wanted],
+    ]
+
+    def kernel(*refs):
+        (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
+            _take_apart(refs, (7, len(leaves), len(names), len(outs)))
+        )
+        block_lists = jax.tree.unflatten(tree, listed)
+        operand_refs = dict(zip(names, given, strict=True))
+
+        def scoped(k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, staging, kv_bar, q_bar,
+                   free, turn):
+            wg, step_id = lax.axis_index("wg"), lax.axis_index("tile")
+            bk, r = lax.div(step_id, rows), lax.rem(step_id, rows)
+            b, kv = lax.div(bk, K), lax.rem(bk, K)
+            row = order_ref[r]
+            full, partial = block_lists.full, block_lists.partial
+
+            def count(g, carry):
+                n = kv * G + g
+                return carry + total(full, b, n, row) + total(partial, b, n, row)
+
+            tiles = lax.fori_loop(0, G, count, jnp.int32(0))
+
+            def swap_turns():
+                if config.turns:
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
+
+            @pl.when(wg < COMPUTE)
+            def _compute():
+                if interpret is None:
+                    plgpu.set_max_registers(config.registers, action="increase")
+                k0 = row * config.block_k + wg * WIDTH
+                at = (b, pl.ds(k0, WIDTH), kv)
+                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[wg], kv_bar.at[wg])
+                plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[wg], kv_bar.at[wg])
+                plgpu.barrier_wait(kv_bar.at[wg])
+                pl.when(tiles > 0)(lambda: plgpu.barrier_wait(q_bar.at[0]))
+                pl.when(wg == 1)(swap_turns)
+                shape = (WIDTH, block_q)
+
+                def step(i, carry, masked, n):
+                    dk, dv, sums, it = carry
+                    slot = lax.rem(it, stages)
+
+                    def scope(s_ref, dp_ref):
+                        plgpu.wgmma(s_ref, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp_ref, v_smem.at[wg], do_smem.at[slot].transpose((1, 0)))
+                        swap_turns()
+                        return s_ref[...], dp_ref[...]
+
+                    acc = plgpu.ACC(shape, jnp.float32)
+                    s, dp = pl.run_scoped(scope, acc, acc)
+                    lse, delta = (
+                        plgpu.load(x.at[slot], layout=COLUMN, optimized=False)
+                        for x in (lse_smem, delta_smem)
+                    )
+                    tile = Tile(plan, operand_refs, b, n, i * block_q, k0, shape, q_axis=1)
+
+                    def local(tile, s, dp, *sums):
+                        z, pull = pull_scores(tile, s, wanted)
+                        z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (1,))
+                        if masked:
+                            z = jnp.where(tile.seen(), z, -jnp.inf)
+                        p = jnp.exp2(z)
+                        ds, *rest = pull(p * (dp - lax.broadcast_in_dim(delta, shape, (1,))))
+                        sums = [a + x.sum(axis=1) for a, x in zip(sums, rest, strict=True)]
+                        return p.astype(dtype), ds.astype(dtype), *sums
+
+                    *left, = tile.by_kind(local, s, dp, *sums)
+                    left, sums = tuple(left[:2]), tuple(left[2:])
+                    if interpret is None:
+                        dk, dv, sums, left = lax.optimization_barrier((dk, dv, sums, left))
+                    swap_turns()
+                    right = (do_smem.at[slot], q_smem.at[slot])
+                    dv, dk = _add_products((dv, dk), left, right, staging, wg)
+                    plgpu.barrier_arrive(free.at[slot])
+                    after = lax.rem(it + 1, stages)
+                    pl.when(it + 1 < tiles)(lambda: plgpu.barrier_wait(q_bar.at[after]))
+                    return dk, dv, sums, it + 1
+
+                def head(g, carry):
+                    n = kv * G + g
+                    dk, dv, it = carry
+                    carry = (dk, dv, tuple(_zeros((WIDTH,), ROW) for _ in wanted), it)
+                    for runs, masked in ((full, False), (partial, True)):
+                        carry = visit(
+                            runs, b, n, row,
+                            lambda i, c, masked=masked: step(i, c, masked, n), carry,
+                        )
+                    dk, dv, sums, it = carry
+                    for out, x in zip(results[2:], sums, strict=True):
+                        out[b, n, pl.ds(k0, WIDTH)] = x
+                    return dk, dv, it
+
+                carry = _zeros((WIDTH, H), LAYOUT), _zeros((WIDTH, V), LAYOUT), jnp.int32(0)
+                dk, dv, _ = lax.fori_loop(0, G, head, carry)
+                pl.when(wg == 0)(swap_turns)
+                k_smem[wg] = (dk * plan.scale).astype(dtype)
+                v_smem[wg] = dv.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(k_smem.at[wg], results[0].at[at])
+                plgpu.copy_smem_to_gmem(v_smem.at[wg], results[1].at[at])
+                plgpu.wait_smem_to_gmem(0)
+
+            @pl.when(wg == COMPUTE)
+            def _copy():
+                if interpret is None:
+                    plgpu.set_max_registers(40, action="decrease")
+
+                def fetch(i, it, n):
+                    slot = lax.rem(it, stages)
+                    here = pl.ds(i * block_q, block_q)
+                    pl.when(it >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                    for source, target in (
+                        (q_ref.at[b, here, n], q_smem), (do_ref.at[b, here, n], do_smem),
+                        (lse_ref.at[b, n, here], lse_smem), (delta_ref.at[b, n, here], delta_smem),
+                    ):
+                        plgpu.copy_gmem_to_smem(source, target.at[slot], q_bar.at[slot])
+                    return it + 1
+
+                def head(g, it):
+                    n = kv * G + g
+                    for runs in (full, partial):
+                        it = visit(runs, b, n, row, lambda i, c: fetch(i, c, n), it)
+                    return it
+
+                drain(free, lax.fori_loop(0, G, head, jnp.int32(0)), stages)
+
+        pl.run_scoped(
+            scoped,
+            tiled(dtype, COMPUTE, WIDTH, H), tiled(dtype, COMPUTE, WIDTH, V),
+            tiled(dtype, stages, block_q, H), tiled(dtype, stages, block_q, V),
+            plgpu.SMEM((stages, block_q), jnp.float32), plgpu.SMEM((stages, block_q), jnp.float32),
+            None if interpret is None else tiled(dtype, COMPUTE, WIDTH, block_q),
+            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
+            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTE),
+            collective_axes="wg",
+        )
+
+    return _launch(kernel, outs, B * K * rows, inputs, interpret)
+
+
+def _launch(kernel, outs, blocks: int, inputs, interpret):
+    keywords = {} if interpret is None else {"interpret": interpret}
+    return plgpu.kernel(
+        kernel, out_type=outs, grid=(blocks,), grid_names=("tile",), num_threads=COMPUTE + 1,
+        thread_name="wg", compiler_params=plgpu.CompilerParams(approx_math=True), **keywords,
+    )(*inputs)

@@ -1,0 +1,279 @@
+"""What the Hopper kernels share: operands of the modified scores and their evaluation on a tile.
+
+A warpgroup holds a tile of logits in registers in the layout of the tensor core's accumulator.
+Vectors beside it (rows of queries, columns of keys) come in the layouts that this one leaves when
+an axis is reduced, so that broadcasting them moves nothing between threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from attnlab.core.mask import Blocks, Coords, Mask, Pair, conjuncts
+from attnlab.core.mods import Mod
+from attnlab.core.staging import Body, split
+
+LAYOUT = plgpu.Layout.WGMMA
+LOG2E = math.log2(math.e)
+NEVER = -1e30  # below every score; finite, so that differences of two of them are not NaN
+WIDTH = 64  # queries of a warpgroup
+COORDINATE_GROUPS = {
+    "q_pos": "rows", "q_segment": "rows", "k_pos": "columns", "k_segment": "columns",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """Static facts of a kernel.
+
+    Args:
+        T, S: tokens. block_q, block_k: tokens of a tile. layout: see ``Seq``. score, mask: what is
+            computed inside (None: nothing). scale: of the logits.
+        loaded: coordinates that come as operands; the others follow from the place in the array.
+        diagonals: of values by distance, see ``gpu_distance``; None without any.
+    """
+
+    T: int
+    S: int
+    block_q: int
+    block_k: int
+    layout: str
+    scale: float
+    score: Body | None
+    mask: Body | None
+    loaded: tuple[str, ...]
+    diagonals: Any = None
+
+    @property
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """``(name, group)`` of all operands, in order."""
+        out = []
+        for kind, body in (("score", self.score), ("mask", self.mask)):
+            for i, h in enumerate(body.handed if body is not None else ()):
+                both = h.group == "distances"
+                ends = (" numbers", " tiles") if both else ("",)
+                out += [(f"{kind}{i}{end}", h.group) for end in ends]
+            if kind == "score" and self.diagonals is not None:
+                out.append(("diagonals", "distances"))
+        return (*out, *((name, COORDINATE_GROUPS[name]) for name in self.loaded))
+
+
+def pair_mod(mask: Mask, S: int | None) -> Mod:
+    """The mask without its block lists as a function of a pair; ``S``: hide keys from there on."""
+    rest = [part for part in conjuncts(mask) if not isinstance(part, Blocks)]
+
+    def sees(head, q_pos, k_pos, *, batch, q_index, k_index, q_segment, k_segment):
+        pair = Pair(batch, head, q_pos, k_pos, q_index, k_index, q_segment, k_segment)
+        seen = None if S is None else k_index < S
+        for part in rest:
+            one = part.sees(pair)
+            seen = one if seen is None else seen & one
+        return jnp.ones((), bool) if seen is None else seen
+
+    return Mod.of(sees)
+
+
+def padded(x: jax.Array, size: int) -> jax.Array:
+    """``x`` with its last axis extended to a multiple of ``size``."""
+    extra = -x.shape[-1] % size
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)], mode="edge") if extra else x
+
+
+def coordinates(plan: Plan, q: Coords, k: Coords) -> list[jax.Array]:
+    """The coordinate operands ``[B, 1, T]``, padded to whole tiles."""
+    sides = {"q_pos": q.positions, "q_segment": q.segments, "k_pos": k.positions,
+             "k_segment": k.segments}
+    out = []
+    for name in plan.loaded:
+        x = sides[name]
+        size = plan.block_q if COORDINATE_GROUPS[name] == "rows" else plan.block_k
+        out.append(padded(x.astype(jnp.int32)[:, None], size))
+    return out
+
+
+def handed_operands(plan: Plan, which: str, given: list[jax.Array]) -> list[jax.Array]:
+    """Hoisted values in the shape the kernels read, padded to whole tiles."""
+    from attnlab.ops.attention import gpu_distance
+
+    body = plan.score if which == "score" else plan.mask
+    out: list[jax.Array] = []
+    for entry, x in zip(body.handed if body else (), given, strict=True):
+        if entry.group == "distances":
+            out += gpu_distance.operands(plan.diagonals, x, plan.S)
+        elif entry.group == "heads":
+            out.append(x)
+        else:
+            out.append(padded(x, plan.block_q if entry.group == "rows" else plan.block_k))
+    if which == "score" and plan.diagonals is not None:
+        out.append(jnp.asarray(plan.diagonals.kinds))
+    return out
+
+
+@dataclasses.dataclass
+class Tile:
+    """One tile of logits inside the kernel: where it stands and how to read beside it.
+
+    Args:
+        refs: operand name to its reference in device memory. b, n: row and head.
+        q0, k0: index of its first query and key. shape: of the tile. q_axis: the axis of queries.
+    """
+
+    plan: Plan
+    refs: dict[str, Any]
+    b: Any
+    n: Any
+    q0: Any
+    k0: Any
+    shape: tuple[int, int]
+    q_axis: int = 0
+    stored: Any = None  # the slot of its stored tile of values by distance, where it has one
+    number: Any = None  # else which number they are
+
+    def vector(self, name: str, group: str) -> Any:
+        """The entries of a vector operand beside this tile."""
+        axis = self.q_axis if group == "rows" else 1 - self.q_axis
+        start = self.q0 if group == "rows" else self.k0
+        ref = self.refs[name]
+        at = (*_lead(ref, self.b, self.n), pl.ds(start, self.shape[axis]))
+        return plgpu.load(ref.at[at], layout=LAYOUT.reduce(1 - axis), optimized=False)
+
+    def operand(self, name: str, group: str) -> tuple[Any, str]:
+        """Value and rank of an operand."""
+        if group == "heads":
+            ref = self.refs[name]
+            return ref[_lead(ref, self.b, self.n)], "scalar"
+        if group == "distances" and self.stored is not None:
+            ref = self.refs[f"{name} tiles"]
+            at = (*_lead(ref, self.b, self.n), self.stored)
+            return plgpu.load(ref.at[at], layout=LAYOUT, optimized=False), "tile"
+        if group == "distances":
+            ref = self.refs[f"{name} numbers"]
+            return ref[(*_lead(ref, self.b, self.n), self.number)], "scalar"
+        return self.vector(name, group), "row" if group == "rows" else "column"
+
+    def lift(self, x: Any, rank: str, to: str) -> Any:
+        """Broadcast; see ``Body``."""
+        if rank == to:
+            return x
+        if rank == "scalar":
+            if to == "tile":
+                return plgpu.layout_cast(lax.broadcast(x, self.shape), LAYOUT)
+            axis = self.q_axis if to == "row" else 1 - self.q_axis
+            return plgpu.layout_cast(lax.broadcast(x, (self.shape[axis],)), LAYOUT.reduce(1 - axis))
+        axis = self.q_axis if rank == "row" else 1 - self.q_axis
+        return lax.broadcast_in_dim(x, self.shape, (axis,))
+
+    def coordinate(self, name: str) -> tuple[Any, str]:
+        if name in self.plan.loaded:
+            return self.operand(name, COORDINATE_GROUPS[name])
+        query = name.startswith("q")
+        axis = self.q_axis if query else 1 - self.q_axis
+        place = plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=LAYOUT)
+        return place + (self.q0 if query else self.k0), "tile"
+
+    def real(self, name: str) -> tuple[Any, str]:
+        """A coordinate as float32, along its own axis only: a conversion costs four additions."""
+        if name in self.plan.loaded:
+            x, rank = self.coordinate(name)
+            return x.astype(jnp.float32), rank
+        query = name.startswith("q")
+        axis = self.q_axis if query else 1 - self.q_axis
+        place = plgpu.broadcasted_iota(
+            jnp.int32, (self.shape[axis],), 0, layout=LAYOUT.reduce(1 - axis)
+        )
+        place = place + (self.q0 if query else self.k0)
+        return _as_float(place), "row" if query else "column"
+
+    def known(self, body: Body) -> dict[str, tuple[Any, str]]:
+        """The coordinates that ``body`` reads."""
+        found = {name: self.coordinate(name) for name in body.coordinates - {"score"}}
+        return found | {f"float {name}": self.real(name) for name in body.floats}
+
+    def seen(self) -> Any:
+        """The mask on this tile."""
+        body = self.plan.mask
+        handed = [self.operand(f"mask{i}", h.group) for i, h in enumerate(body.handed)]
+        return body(self.known(body), handed, self.lift)
+
+    def by_kind(self, function: Any, *arrays: Any) -> Any:
+        """``function(tile, *arrays)``, told where this tile finds its values by distance."""
+        d = self.plan.diagonals
+        if d is None or self.stored is not None:
+            return function(self, *arrays)
+        offset = self.q0 - self.k0 - d.first * WIDTH
+        kind = self.refs["diagonals"][lax.div(offset, WIDTH)]
+        return lax.cond(
+            kind < 0,
+            lambda *a: function(dataclasses.replace(self, number=-1 - kind), *a),
+            lambda *a: function(dataclasses.replace(self, stored=kind), *a),
+            *arrays,
+        )
+
+    def scores(self, s: Any) -> Any:
+        """Modified scores of raw logits ``q k``, natural units."""
+        return self.by_kind(Tile._scores, s)
+
+    def _scores(self, s: Any) -> Any:
+        s = s * self.plan.scale
+        body = self.plan.score
+        if body is None:
+            return s
+        handed = [self.operand(f"score{i}", h.group) for i, h in enumerate(body.handed)]
+        return body(self.known(body) | {"score": (s, "tile")}, handed, self.lift)
+
+
+def _as_float(x):
+    """float32 of integers below 2**22: two cheap instructions instead of a conversion."""
+    magic = 0x4B400000  # the bits of 1.5 * 2**23: adding x to them adds x to the number
+    return lax.bitcast_convert_type(x + magic, jnp.float32) - float(3 * 2**22)
+
+
+def _lead(ref, b, n):
+    """Index of row and head, 0 where all share the entry."""
+    return (b if ref.shape[0] > 1 else 0, n if ref.shape[1] > 1 else 0)
+
+
+def make_plan(
+    *, T: int, S: int, block_q: int, block_k: int, layout: str, scale: float, score: Mod | None,
+    mask: Mod, transposed: bool = False,
+) -> Plan:
+    """Split score and mask, and note which coordinates must be loaded."""
+    from attnlab.ops.attention.gpu_distance import diagonals
+
+    bodies = [None if m is None else split(m.program, T, S) for m in (score, mask)]
+    used = frozenset().union(*(b.coordinates | b.floats for b in bodies if b is not None))
+    places = set() if layout != "full" else {"q_pos", "k_pos"}
+    loaded = tuple(n for n in COORDINATE_GROUPS if n in used and n not in places)
+    found = None
+    if bodies[0] is not None and any(h.group == "distances" for h in bodies[0].handed):
+        columns, q_axis = (block_q, 1) if transposed else (block_k, 0)
+        found = diagonals(bodies[0], T, S, columns, q_axis)
+    return Plan(
+        T, S, block_q, block_k, layout, float(scale), bodies[0], bodies[1], loaded, found
+    )
+
+
+def capped(score: Mod | None, cap: float | None) -> Mod | None:
+    """The logit cap, then ``score``, as one function."""
+    if cap is None:
+        return score
+    if score is None:
+        return Mod.of(lambda s, head, q_pos, k_pos: cap * jnp.tanh(s / cap),
+                      score_dtype="float32")
+
+    def both(s, head, q_pos, k_pos, *, batch, q_index, k_index, q_segment, k_segment):
+        known = dict(score=cap * jnp.tanh(s / cap), head=head, q_pos=q_pos, k_pos=k_pos,
+                     batch=batch, q_index=q_index, k_index=k_index, q_segment=q_segment,
+                     k_segment=k_segment)
+        return score.of_pair(*(known[name] for name in score.program.inputs))
+
+    out = Mod.of(both, score_dtype="float32")
+    return dataclasses.replace(out, batch=score.batch, heads=score.heads)
