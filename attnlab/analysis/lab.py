@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import datetime
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from attnlab.ops.attention import OP, tuning
 from attnlab.ops.attention.shapes import SHAPES, Shape
 
 BASIS = "predicted (static model), nothing measured"
+COMPILED = "compiled, nothing predicted or measured"
+OURS = ("tpu", "gpu")
 BASELINE = "splash"  # what kernels for TPUs are compared with
 
 
@@ -33,16 +35,17 @@ def main(args: argparse.Namespace) -> int:
         return golden.main(Path(args.golden), targets)
     if args.out:
         bench.stored(Path(args.out))  # a file that cannot take rows is no use after the compiles
-    shapes = shapes_of(_words(args.shape) or ["primary"])
+    shapes = shapes_of(args.shape or ["primary"])
     direction = "backward" if args.backward else "forward"
-    names = _words(args.impl)
+    names = args.impl.split(",") if args.impl else []
     cells = [
         cell for target in targets for shape in shapes
-        for cell in candidates(target, shape, direction, names, _words(args.blocks))
+        for cell in candidates(target, shape, direction, names, args.blocks or ())
     ]
     rows: list[dict[str, Any]] = [cell for cell in cells if "error" in cell]
     waiting = [cell for cell in cells if "error" not in cell]
-    print(f"{BASIS}; compiled for {', '.join(t.name for t in targets)} without the device")
+    basis = BASIS if any(t.platform == "tpu" for t in targets) else COMPILED
+    print(f"{basis}; compiled for {', '.join(t.name for t in targets)} without the device")
     for done, row in enumerate(aot.run(waiting), start=1):
         rows.append(row)
         if sys.stderr.isatty():
@@ -79,22 +82,13 @@ def installed() -> list[Target]:
     return found
 
 
-def _words(value: str | Iterable[Any] | None) -> list[str]:
-    """The words of an option given once, several times, or with several values."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        return [value]
-    return [word for part in value for word in _words(part)]
-
-
 def shapes_of(names: Sequence[str]) -> list[Shape]:
     """The shapes with these names or tags, in the order of the table."""
     known = {shape.name for shape in SHAPES} | {tag for shape in SHAPES for tag in shape.tags}
     for name in names:
         if name not in known:
-            names = ", ".join(sorted(known))
-            raise ConfigError(f"--shape {name}", "unknown", f"use one of {names}")
+            fix = f"use one of {', '.join(sorted(known))}"
+            raise ConfigError(f"--shape {name}", "unknown", fix)
     wanted = set(names)
     return [shape for shape in SHAPES if shape.name in wanted or wanted & set(shape.tags)]
 
@@ -114,24 +108,19 @@ def candidates(
     """The cells to compile; a cell that its implementation refuses carries an ``error``.
 
     Args:
-        names: implementations, none for those with block sizes on the platform. blocks: ``used``,
+        names: implementations, none for ours and those with block sizes. blocks: ``used``,
             ``all`` or ``name=size,...``, none for ``used``.
 
     Raises:
-        ConfigError: a name or a size is unknown, or nothing on this platform has block sizes.
+        ConfigError: a name or a size is unknown.
     """
-    tunable = [name for name in OP.order[target.platform] if name in tuning.SPACES]
+    usual = [n for n in OP.order[target.platform] if n in tuning.SPACES or n in OURS]
     for name in names:
         if name not in OP.implementations:
             raise ConfigError(
                 f"--impl {name}", "unknown", f"use one of {', '.join(OP.implementations)}"
             )
-    chosen = list(names) or tunable
-    if not chosen:
-        raise ConfigError(
-            f"target {target.name}", "no implementation for it has block sizes",
-            f"name one with --impl: {', '.join(OP.order[target.platform])}",
-        )
+    chosen = list(names) or usual
     if target.platform == "tpu" and BASELINE not in chosen:
         chosen.append(BASELINE)
     for name in chosen:
@@ -182,7 +171,8 @@ def stored(row: dict[str, Any]) -> dict[str, Any]:
     """A row for a file: what it rests on, and when."""
     shape = {k: list(v) if isinstance(v, tuple) else v for k, v in row["shape"].items()}
     today = datetime.date.today().isoformat()
-    return {"bench": "attention", "basis": BASIS, **row, "shape": shape, "date": today}
+    basis = BASIS if "ms" in row else COMPILED
+    return {"bench": "attention", "basis": basis, **row, "shape": shape, "date": today}
 
 
 def report(target: Target, shape: Shape, direction: str, rows: list[dict[str, Any]]) -> None:

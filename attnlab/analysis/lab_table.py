@@ -112,4 +112,7 @@ def _gpu(rows: list[dict[str, Any]], direction: str) -> None:
         ])
     table(columns, lines)
     _legend(rows, direction)
+    for row in rows:
+        names = ", ".join(kernel["name"] for kernel in row["kernels"])
+        print(f"  kernels of {row['implementation']}: {names or '-'}")
     print(f"  no predicted time: {rows[0]['unpredicted']}")

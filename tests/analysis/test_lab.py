@@ -48,6 +48,8 @@ def test_candidates():
     (decode,) = lab.shapes_of(["deepseek-v3-mla-absorbed-4k"])
     (refused,) = lab.candidates(v5e, decode, "backward")
     assert "is a shape of inference" in refused["error"]
+    (ours,) = lab.candidates(find("h200"), SHAPE, "forward")
+    assert ours["implementation"] == "gpu"
     (cudnn,) = lab.candidates(find("h200"), SHAPE, "forward", ["cudnn"])
     assert cudnn["target"] == "h200" and cudnn["blocks"] is None
 
@@ -82,13 +84,16 @@ def test_tables(capsys):
     row = result(kernels=[gpu], unpredicted="measured, not predicted")
     lab_table.show(find("h200"), [row], "splash", "forward")
     text = capsys.readouterr().out
-    assert "168" in text and "no predicted time: measured" in text
+    assert "168" in text and "kernels of splash: k" in text
+    assert "no predicted time: measured" in text
 
 
 def test_stored_rows_say_what_they_rest_on():
     row = lab.stored(result())
     assert row["basis"] == "predicted (static model), nothing measured" and row["date"]
     json.dumps(row)
+    bare = {name: value for name, value in result().items() if name != "ms"}
+    assert lab.stored(bare)["basis"] == "compiled, nothing predicted or measured"
 
 
 def test_golden_rows(tmp_path):

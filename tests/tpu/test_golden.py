@@ -24,7 +24,7 @@ ROWS = [row for row in GOLDEN["rows"] if row["target"] in golden.CHECKED]
 
 def test_table(capsys, tmp_path):
     out = tmp_path / "rows.json"
-    command = "bench attention --target v5e --shape gpt2-small-1k --impl splash xla --out"
+    command = "bench attention --target v5e --shape gpt2-small-1k --impl splash,xla --out"
     code = cli.main([*command.split(), str(out), "--blocks", "block_q=256,block_kv=512", "used"])
     text = capsys.readouterr().out
     assert code == 0 and "predicted (static model), nothing measured" in text
