@@ -90,7 +90,9 @@ class Mod:
                     "return the score, or the truth value, and nothing else",
                 )
             out = jnp.asarray(out)
-            if jnp.issubdtype(out.dtype, jnp.complexfloating) or out.shape != () or (out.dtype == jnp.bool_) != (result == jnp.bool_):
+            real = not jnp.issubdtype(out.dtype, jnp.complexfloating)
+            same = (out.dtype == jnp.bool_) == (result == jnp.bool_)
+            if not real or not same or out.shape != ():
                 raise ConfigError(
                     f"{kind} returns {out.dtype}{list(out.shape)}",
                     f"must return one {'truth value' if result == jnp.bool_ else 'number'} a pair",

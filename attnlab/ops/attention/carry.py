@@ -107,10 +107,10 @@ def attention_step(
         carry.check(*shape, given["softmax_dtype"])
     if call.S == 0:
         return Carry.empty(*shape, given["softmax_dtype"]) if carry is None else carry
-    step = OP.choose(call, impl, step=True).step
-    assert step is not None
+    step: Any = OP.choose(call, impl, step=True).step
     before = None if carry is None else (carry.o, carry.m, carry.l)
-    return Carry(*step(before, q, k, v, **given))
+    o, m, l = step(before, q, k, v, **given)
+    return Carry(o, m, l)
 
 
 def merge(a: Carry, b: Carry) -> Carry:

@@ -63,7 +63,7 @@ def composed(mask: Any, sink_tokens: int, segments: bool) -> Mask:
 
 def coordinates(
     positions: Any, segments: Any, layout: str, B: int, T: int, S: int
-) -> tuple[Coords, Coords, str]:
+) -> tuple[Coords, Coords, Any]:
     """Coordinates of the queries and keys, and what is promised of them."""
     full = positions is None
     if full and T != S:

@@ -50,7 +50,7 @@ def forward(
     ``jax.checkpoint`` policies see o as "attention_out" and lse as "attention_lse". Second
     derivatives are right, but their memory is that of the dense reference.
     """
-    o, lse = _run(
+    o, lse = _run(  # type: ignore[misc] - a custom_vjp has no result type
         q, k, v, sink_logits, (mask, score, q_coords, k_coords), scale, logit_cap, softmax_dtype,
         v.dtype,
     )
@@ -62,7 +62,7 @@ def step(
     softmax_dtype, layout,
 ):
     """The state ``(o, m, l)`` of ``carry`` and these keys; see ``carry.attention_step``."""
-    o, lse = _run(
+    o, lse = _run(  # type: ignore[misc] - a custom_vjp has no result type
         q, k, v, None, (mask, score, q_coords, k_coords), scale, logit_cap, softmax_dtype,
         softmax_dtype,
     )
@@ -231,7 +231,7 @@ def _attend_bwd(spec, residuals, cotangents):
     keys = (
         _pad(x.swapaxes(1, 2), spec.tile_k, mode=mode) for x, mode in ((k, edge), (v, "constant"))
     )
-    dq, dk, dv, dfloats = _row_grads(spec, tiling, *queries, *keys, floats)
+    dq, dk, dv, dfloats = _row_grads(spec, tiling, *queries, *keys, floats)  # type: ignore[misc]
     dq = _tokens(dq[..., :T, :]).astype(q.dtype)
     dk, dv = (
         dx[..., :S, :].swapaxes(1, 2).astype(x.dtype) for dx, x in ((dk, k), (dv, v))
