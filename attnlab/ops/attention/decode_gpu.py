@@ -199,12 +199,12 @@ def forward(
         pages = jnp.where(lengths[:, None] > 0, pages, 0).astype(jnp.int32)
         pages = jnp.pad(pages, [(0, 0), (0, -pages.shape[1] % max(tile // k.shape[1], 1))], "edge")
     static = Static(B, K, G, tasks, float(scale), logit_cap, window, sinks, sizes)
-    partial = gpu_decode.pieces(
+    o, lse2 = gpu_decode.pieces(
         static, packed, k, v, plan, pages, lengths.astype(jnp.int32), limits, coords,
         interpret=interpret,
     )
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
-    o, lse = gpu_merge.combine(static, *partial, plan, sink, q.dtype, interpret=interpret)
+    o, lse = gpu_merge.combine(static, o, lse2, plan, sink, q.dtype, interpret=interpret)
     o = o.reshape(B, K, -1, o.shape[-1])[:, :, : t * G, :V].reshape(B, K, t, G, V)
     lse = lse.reshape(B, K, -1)[:, :, : t * G].reshape(B, K, t, G)
     return (

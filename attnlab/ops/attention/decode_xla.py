@@ -44,10 +44,8 @@ class _Cache:
         start = jnp.minimum(j * self.tile, S - self.tile)  # the last one may begin earlier
         cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=self.tile)
         index = cut(self.coords.index)
-        positions, segments = (
-            None if x is None else cut(x, axis=1)
-            for x in (self.coords.positions, self.coords.segments)
-        )
+        positions, segments = cut(self.coords.positions, axis=1), self.coords.segments
+        segments = None if segments is None else cut(segments, axis=1)
         present = (index >= j * self.tile) & (index < self.lengths[:, None])
         if self.pages is None:
             k, v = (cut(x, axis=1) for x in (self.k, self.v))
