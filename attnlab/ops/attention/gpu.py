@@ -148,7 +148,11 @@ def _attend(static, q, k, v, sink, handed, fixed):
 def _attend_fwd(static, q, k, v, sink, handed, fixed):
     from attnlab.ops.attention import gpu_widths
 
-    config = forward_config(q.shape[-1], v.shape[-1], static.options["value_is_prefix"])
+    H, V = q.shape[-1], v.shape[-1]
+    if max(H, V) > 256:
+        config = gpu_widths.forward_config(H, V, static.options["value_is_prefix"])
+    else:
+        config = forward_config(H, V)
     kernel = gpu_widths.forward_of(config)
     plan, lists, order, operands = _prepared(static, config, handed, fixed, False)
     o, lse = kernel(
@@ -257,12 +261,9 @@ def _longest_first(lists: BlockLists):
     return jnp.argsort(-work.sum((0, 1)), stable=True).astype(jnp.int32)
 
 
-def forward_config(H: int, V: int, value_is_prefix: bool = False):
-    from attnlab.ops.attention import gpu_widths
+def forward_config(H: int, V: int):
     from attnlab.ops.attention.gpu_forward import Config
 
-    if max(H, V) > 256:
-        return gpu_widths.forward_config(H, V, value_is_prefix)
     if max(H, V) > 192 or V > 128:
         return Config(128, 64, 2)
     return Config(128, 128, 4 if max(H, V) <= 64 else 2)
