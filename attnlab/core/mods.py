@@ -5,6 +5,10 @@ whether the query sees the key. Both may also name any of the keywords ``batch, 
 q_segment, k_segment`` in their signature (``index`` is the place in the array, ``pos`` the position
 in the document), and may close over arrays, to which gradients flow. They are traced on scalars, so
 plain ``table[head, q_pos - k_pos]`` works; ``core.staging`` splits the result for fused kernels.
+
+They are also evaluated on pairs that the mask hides; the result is dropped there, but gradients of
+captured arrays are sums over whole tiles, so the derivatives must be finite there too: write
+``jnp.log1p(jnp.maximum(q_pos - k_pos, 0))``, not ``jnp.log1p(q_pos - k_pos)``.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from attnlab.core.errors import ConfigError
+from attnlab.core.errors import ConfigError, DtypeError, ShapeError
 
 PAIR = ("head", "q_pos", "k_pos")
 EXTRA = ("batch", "q_index", "k_index", "q_segment", "k_segment")
@@ -65,7 +70,11 @@ class Mod:
 
     @staticmethod
     def of(function: Callable[..., Any], *, score_dtype: Any = None) -> Mod:
-        """Trace ``function``: a score_mod where ``score_dtype`` is given, else a mask_mod."""
+        """Trace ``function``: a score_mod where ``score_dtype`` is given, else a mask_mod.
+
+        Raises ConfigError for a wrong signature, result or Python branch, DtypeError for captured
+        arrays that are complex or, in a score_mod, floating but not of ``score_dtype``.
+        """
         kind = "mask_mod" if score_dtype is None else "score_mod"
         inputs = _inputs(function, kind)
         result = jnp.bool_ if score_dtype is None else jnp.dtype(score_dtype)
@@ -74,8 +83,14 @@ class Mod:
         def scalars(*values):
             named = dict(zip((*leading, *inputs), values, strict=True))
             given = [named.pop(name) for name in (*leading, *PAIR)]
-            out = jnp.asarray(function(*given, **named))
-            if out.shape != () or (out.dtype == jnp.bool_) != (result == jnp.bool_):
+            out = function(*given, **named)
+            if jax.tree.structure(out) != jax.tree.structure(0):
+                raise ConfigError(
+                    f"{kind} returns {type(out).__name__}", "must return one value a pair",
+                    "return the score, or the truth value, and nothing else",
+                )
+            out = jnp.asarray(out)
+            if jnp.issubdtype(out.dtype, jnp.complexfloating) or out.shape != () or (out.dtype == jnp.bool_) != (result == jnp.bool_):
                 raise ConfigError(
                     f"{kind} returns {out.dtype}{list(out.shape)}",
                     f"must return one {'truth value' if result == jnp.bool_ else 'number'} a pair",
@@ -85,18 +100,61 @@ class Mod:
 
         avals = [jax.ShapeDtypeStruct((), result) for _ in leading]
         avals += [jax.ShapeDtypeStruct((), jnp.int32) for _ in inputs]
-        closed = jax.make_jaxpr(scalars)(*avals)
         name = getattr(function, "__name__", kind)
+        try:
+            closed = jax.make_jaxpr(scalars)(*avals)
+        except jax.errors.ConcretizationTypeError as error:
+            raise ConfigError(
+                f"{kind} {name} branches in Python on a score or coordinate",
+                "they are traced, so their values are not known yet",
+                "use jnp.where, & and | in place of if, and, or",
+            ) from error
         captured = tuple(jnp.asarray(c) for c in closed.consts)
+        _check_captured(f"{kind} {name}", captured, None if score_dtype is None else result)
         return Mod(captured, None, None, Program(name, closed.jaxpr, (*leading, *inputs)))
 
     def bound(self, B: int, N: int) -> Mod:
-        """For ``B`` rows and ``N`` heads, unless it is bound already."""
-        if self.batch is not None:
-            return self
-        return dataclasses.replace(
-            self, batch=jnp.arange(B, dtype=jnp.int32), heads=jnp.arange(N, dtype=jnp.int32)
+        """For ``B`` rows and ``N`` heads: numbers them from 0 where they have no numbers yet."""
+        for what, numbers, size in (("batch", self.batch, B), ("heads", self.heads, N)):
+            if numbers is not None and numbers.shape != (size,):
+                raise ShapeError(
+                    f"{self.program.name} is bound to {what} of shape {tuple(numbers.shape)}",
+                    f"the call has {size}", "number the rows and heads of this shard",
+                )
+        batch = jnp.arange(B, dtype=jnp.int32) if self.batch is None else self.batch
+        heads = jnp.arange(N, dtype=jnp.int32) if self.heads is None else self.heads
+        return dataclasses.replace(self, batch=batch, heads=heads)
+
+    def at(self, *, batch: Any = None, heads: Any = None) -> Mod:
+        """With the numbers of the rows ``[B]`` and heads ``[N]`` at hand; None: counted from 0.
+
+        For calls inside ``shard_map``, where a shard holds some of the rows and heads.
+        """
+        batch, heads = (None if x is None else jnp.asarray(x, jnp.int32) for x in (batch, heads))
+        return dataclasses.replace(self, batch=batch, heads=heads)
+
+    @property
+    def floats(self) -> tuple[jax.Array, ...]:
+        """The captured arrays that have a gradient."""
+        return tuple(x for x in self.captured if jnp.issubdtype(x.dtype, jnp.floating))
+
+    def with_floats(self, floats: tuple[Any, ...]) -> Mod:
+        """With others in their place (None where they travel apart)."""
+        new = iter(floats)
+        captured = tuple(
+            next(new) if x is None or jnp.issubdtype(x.dtype, jnp.floating) else x
+            for x in self.captured
         )
+        return dataclasses.replace(self, captured=captured)
+
+    def check_segments(self, given: bool) -> None:
+        """Raise ConfigError where the function reads segments and the call has none."""
+        reads = sorted(name for name in self.program.used if name.endswith("_segment"))
+        if reads and not given:
+            raise ConfigError(
+                f"{self.program.name} reads {reads[0]}", "the call has none",
+                "pass segments=, or do not name it in the signature",
+            )
 
     def of_pair(self, *values: Any) -> Any:
         """The function of one pair: ``values`` as in ``program.inputs``."""
@@ -114,12 +172,12 @@ class Mod:
             "q_segment": (q.segments, "bt"), "k_segment": (k.segments, "bs"),
         }
         used = [name for name in self.program.inputs if name in self.program.used]
-        for name in used:
-            if sides[name][0] is None:
-                raise ConfigError(
-                    f"{self.program.name} reads {name}", "the call has none",
-                    "pass segments=, or do not name it in the signature",
-                )
+        self.check_segments(q.segments is not None and k.segments is not None)
+        rows = {x.shape[0] for x, axes in (sides[name] for name in used) if axes[0] == "b"}
+        for name in used:  # coordinates shared by all rows may come as [1, T]
+            x, axes = sides[name]
+            if axes[0] == "b" and x.shape[0] == 1 < max(rows):
+                sides[name] = (x[0], axes[1:])
         axes = {name: sides[name][1] for name in used}
 
         def pair(*values):
@@ -142,6 +200,24 @@ class Mod:
         )
 
 
+def _check_captured(what: str, captured: tuple[jax.Array, ...], score_dtype: Any) -> None:
+    for x in captured:
+        shape = f"{x.dtype}{list(x.shape)}"
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise DtypeError(
+                f"{what} captures {shape}", "captured arrays are real",
+                "capture the real and imaginary parts",
+            )
+        other = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != score_dtype
+        if score_dtype is not None and other:
+            raise DtypeError(
+                f"{what} captures {shape}",
+                f"floating arrays are captured in softmax_dtype = {score_dtype}, in which their "
+                "gradients are summed",
+                f"cast it outside the function: x.astype(jnp.{score_dtype})",
+            )
+
+
 def _inputs(function: Callable[..., Any], kind: str) -> tuple[str, ...]:
     """The coordinates the function takes, by name: the three of every pair, then the extra ones."""
     try:
@@ -154,7 +230,11 @@ def _inputs(function: Callable[..., Any], kind: str) -> tuple[str, ...]:
     wanted = [p.name for p in named[leading:] if p.name in EXTRA or p.default is p.empty]
     unknown = [name for name in wanted if name not in EXTRA]
     positional = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters)
-    if unknown or (len(named) < leading and not positional):
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    placed = [p.name for p in named[:leading] if p.kind in by_place]
+    order = ("score", *PAIR) if kind == "score_mod" else PAIR
+    swapped = any(a in ("score", *COORDINATES) and a != b for a, b in zip(placed, order))
+    if unknown or swapped or (len(placed) < leading and not positional):
         first = "score, " if kind == "score_mod" else ""
         raise ConfigError(
             f"{kind} takes ({', '.join(p.name for p in parameters)})",

@@ -22,6 +22,7 @@ from attnlab.core.mask import Blocks, MaskMod, conjuncts, parts
 from attnlab.core.staging import Body, split, values
 from attnlab.core.versions import JAX
 from attnlab.ops.attention.blocks import BlockLists, block_lists
+from attnlab.ops.attention.pairs import capped, pair_mod
 
 HALF = ("bfloat16", "float16")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
@@ -34,7 +35,23 @@ MISSING = frozenset(
 
 def supports(call) -> str | None:
     """None where the kernels serve the call, else the reason."""
+    if _wide(call):
+        return (
+            f"H = {call.H}, V = {call.V}: served up to 192 and 128; impl='gpu-wide' serves wider "
+            "heads, but has not been timed on a device yet"
+        )
     return next((reason for refused, reason in _limits(call) if refused), None)
+
+
+def supports_wide(call) -> str | None:
+    """As ``supports``, for the kernels of wider heads."""
+    if not _wide(call):
+        return f"H = {call.H}, V = {call.V}: served by impl='gpu'"
+    return next((reason for refused, reason in _limits(call) if refused), None)
+
+
+def _wide(call) -> bool:
+    return call.H > 192 or call.V > 128
 
 
 def _limits(call):
@@ -64,7 +81,8 @@ def _limits(call):
         if isinstance(part, MaskMod):
             yield from _body_limits("mask_mod", split(part.mod.program, call.T, call.S))
         if isinstance(part, Blocks):
-            yield part not in conjuncts(call.mask), "a Blocks mask is served only under &"
+            under = any(part is other for other in conjuncts(call.mask))
+            yield not under, "a Blocks mask is served only under &"
             yield part.block_q % 128 > 0 or part.block_k % 128 > 0, (
                 f"Blocks of {part.block_q} x {part.block_k} are not multiples of the 128 x 128 tile"
             )
@@ -102,11 +120,11 @@ def forward(
         value_is_prefix: ``v`` equals ``k[..., :V]``; heads above 256 then read keys only.
     """
     from attnlab.ops.attention import gpu_distance
-    from attnlab.ops.attention.gpu_tiles import capped, make_plan, pair_mod
+    from attnlab.ops.attention.gpu_tiles import make_plan
 
     T, S, N, V = q.shape[1], k.shape[1], q.shape[2], v.shape[-1]
-    q, k = (_to_multiple(x, 64) for x in (q, k))
-    v = _to_multiple(v, 64 if max(k.shape[-1], V) <= 256 else 128)
+    q, k = (_whole(x) for x in (q, k))
+    v = _whole(v, 64 if max(k.shape[-1], V) <= 256 else 128)
     score = capped(score, logit_cap)
     if score is not None:
         score = score.bound(q.shape[0], N)
@@ -131,13 +149,16 @@ def forward(
     )
     static = _Static(options, interpret)
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
-    o, lse = _attend(static, q, k, v, sink, handed, (seen, mask, q_coords, k_coords))
-    return o[..., :V], lse[:, :, :T].swapaxes(1, 2)
+    o, lse = _attend(  # type: ignore[misc] - a custom_vjp has no result type
+        static, q, k, v, sink, handed, (seen, mask, q_coords, k_coords)
+    )
+    return o[:, :T, :, :V], lse[:, :, :T].swapaxes(1, 2)
 
 
-def _to_multiple(x, size: int):
-    extra = -x.shape[-1] % size
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, extra)]) if extra else x
+def _whole(x, numbers: int = 64):
+    """``x[B, T, N, H]`` with zeros up to the 8 tokens and 64 numbers of a shared-memory tile."""
+    tokens, width = -x.shape[1] % 8, -x.shape[3] % numbers
+    return jnp.pad(x, [(0, 0), (0, tokens), (0, 0), (0, width)]) if tokens or width else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -148,12 +169,8 @@ def _attend(static, q, k, v, sink, handed, fixed):
 def _attend_fwd(static, q, k, v, sink, handed, fixed):
     from attnlab.ops.attention import gpu_widths
 
-    H, V = q.shape[-1], v.shape[-1]
-    if max(H, V) > 256:
-        config = gpu_widths.forward_config(H, V, static.options["value_is_prefix"])
-    else:
-        config = forward_config(H, V)
-    kernel = gpu_widths.forward_of(config)
+    config = forward_config(q.shape[-1], v.shape[-1], static.options["value_is_prefix"])
+    kernel: Any = gpu_widths.forward_of(config)
     plan, lists, order, operands = _prepared(static, config, handed, fixed, False)
     o, lse = kernel(
         plan, config, q, k, v, sink, lists, order, operands, interpret=static.interpret
@@ -211,7 +228,7 @@ def _attend_bwd(static, residuals, cotangents):
         sums, row_sums = row_sums[:count], row_sums[count:]
         if i in tiles:
             numbers = jnp.stack([x.sum(-1) for x in sums], -1)
-            x = gpu_distance.folded(plan.diagonals, numbers, tiles[i], T, k.shape[1])
+            x = gpu_distance.folded(plan.diagonals, numbers, tiles[i], plan.T, plan.S)
             dhanded[i] = _like(x, handed[i], whole=True)
         else:
             dhanded[i] = _like(sums[0], handed[i])
@@ -261,9 +278,12 @@ def _longest_first(lists: BlockLists):
     return jnp.argsort(-work.sum((0, 1)), stable=True).astype(jnp.int32)
 
 
-def forward_config(H: int, V: int):
+def forward_config(H: int, V: int, value_is_prefix: bool = False):
+    from attnlab.ops.attention import gpu_widths
     from attnlab.ops.attention.gpu_forward import Config
 
+    if max(H, V) > 256:
+        return gpu_widths.forward_config(H, V, value_is_prefix)
     if max(H, V) > 192 or V > 128:
         return Config(128, 64, 2)
     return Config(128, 128, 4 if max(H, V) <= 64 else 2)
@@ -290,4 +310,7 @@ def backward_configs(H: int, V: int, score: Body | None = None):
     return Config(128, 64, 3, turns=False), Config(64, 128, 3, turns=places)
 
 
-IMPLEMENTATION = Implementation("gpu", supports, forward, partitions=False)
+IMPLEMENTATIONS = (
+    Implementation("gpu", supports, forward, partitions=False),
+    Implementation("gpu-wide", supports_wide, forward, partitions=False),
+)

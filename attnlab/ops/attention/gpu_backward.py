@@ -11,6 +11,10 @@ the keys (dq kernel), of columns along the queries (dk, dv kernel, whose tiles a
 FLOPs of a pair: ``2 (2 H + V) + 2 (2 H + 2 V)`` against ``2 (3 H + 2 V)`` without recomputation.
 """
 
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
 from __future__ import annotations
 
 import dataclasses

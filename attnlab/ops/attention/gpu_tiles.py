@@ -5,6 +5,10 @@ Vectors beside it (rows of queries, columns of keys) come in the layouts that th
 an axis is reduced, so that broadcasting them moves nothing between threads.
 """
 
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attnlab.core.mask import Blocks, Coords, Mask, Pair, conjuncts
+from attnlab.core.mask import Coords
 from attnlab.core.mods import Mod
 from attnlab.core.staging import Body, split
 
@@ -64,21 +68,6 @@ class Plan:
             if kind == "score" and self.diagonals is not None:
                 out.append(("diagonals", "distances"))
         return (*out, *((name, COORDINATE_GROUPS[name]) for name in self.loaded))
-
-
-def pair_mod(mask: Mask, S: int | None) -> Mod:
-    """The mask without its block lists as a function of a pair; ``S``: hide keys from there on."""
-    rest = [part for part in conjuncts(mask) if not isinstance(part, Blocks)]
-
-    def sees(head, q_pos, k_pos, *, batch, q_index, k_index, q_segment, k_segment):
-        pair = Pair(batch, head, q_pos, k_pos, q_index, k_index, q_segment, k_segment)
-        seen = None if S is None else k_index < S
-        for part in rest:
-            one = part.sees(pair)
-            seen = one if seen is None else seen & one
-        return jnp.ones((), bool) if seen is None else seen
-
-    return Mod.of(sees)
 
 
 def padded(x: jax.Array, size: int) -> jax.Array:
@@ -259,21 +248,3 @@ def make_plan(
     return Plan(
         T, S, block_q, block_k, layout, float(scale), bodies[0], bodies[1], loaded, found
     )
-
-
-def capped(score: Mod | None, cap: float | None) -> Mod | None:
-    """The logit cap, then ``score``, as one function."""
-    if cap is None:
-        return score
-    if score is None:
-        return Mod.of(lambda s, head, q_pos, k_pos: cap * jnp.tanh(s / cap),
-                      score_dtype="float32")
-
-    def both(s, head, q_pos, k_pos, *, batch, q_index, k_index, q_segment, k_segment):
-        known = dict(score=cap * jnp.tanh(s / cap), head=head, q_pos=q_pos, k_pos=k_pos,
-                     batch=batch, q_index=q_index, k_index=k_index, q_segment=q_segment,
-                     k_segment=k_segment)
-        return score.of_pair(*(known[name] for name in score.program.inputs))
-
-    out = Mod.of(both, score_dtype="float32")
-    return dataclasses.replace(out, batch=score.batch, heads=score.heads)

@@ -19,6 +19,10 @@ FLOPs of a pair: ``2 (H + V)``, the floor; one exponential. There is no backward
 of 64 keys at 576 / 512 are 272 KB of accumulators, more than the registers of a multiprocessor.
 """
 
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
 from __future__ import annotations
 
 import dataclasses
