@@ -43,7 +43,7 @@ SHAPES = {
     "mla": (200, 2, 2, 192, 128),
     "256": (100, 2, 1, 256, 256),
     "192": (140, 1, 1, 192, 192),
-    "256 over 128": (70, 2, 1, 256, 128),
+    "256 over 128": (100, 2, 1, 256, 128),
 }
 
 CASES = {
@@ -72,7 +72,7 @@ CASES = {
     ),
     "blocks": dict(shape="gqa", blocks=True),
     "256": dict(shape="256", mask=Causal() & (Window(40) | SinkTokens(2))),
-    "192": dict(shape="192", lengths=(60, 5, 70), sink=True),
+    "192": dict(shape="192", lengths=(60, 5, 70)),
     "256 over 128, head, row and column values": dict(
         shape="256 over 128",
         score=lambda e: lambda s, head, q, k, *, batch, q_index, k_index: (

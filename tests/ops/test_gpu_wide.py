@@ -37,8 +37,8 @@ def missing_wheels() -> list[str]:
 
 def call(forward, q, k, v, *, mask, score=None, sink=None, **options):
     T, N, H = q.shape[1:]
-    places = np.arange(T, dtype=np.int32)
-    coords = Coords(jnp.asarray(places[None]), None, places)
+    places = jnp.arange(T, dtype=jnp.int32)
+    coords = Coords(places[None], None, places)
     mod = None if score is None else Mod.of(score, score_dtype=jnp.float32).bound(1, N)
     return forward(
         q, k, v, mask=mask.bound(1, N), score=mod, q_coords=coords, k_coords=coords,

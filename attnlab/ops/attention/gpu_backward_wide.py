@@ -60,7 +60,8 @@ class Config:
     Args:
         block_q, block_k: tokens of a tile of the block lists. stages: tiles of keys (dq) or of
             queries (dk, dv) in flight. stages_v: tiles of values in flight (dq).
-        cluster: the two blocks of a row of keys share what they load (dk, dv).
+        cluster: the two blocks of a row of keys share what they load (dk, dv). turns: the two
+            warpgroups take turns on the tensor cores (dq) or run as they come.
     """
 
     block_q: int
@@ -68,6 +69,7 @@ class Config:
     stages: int
     stages_v: int = 1
     cluster: bool = True
+    turns: bool = True
     registers: int = 232
 
 
@@ -103,8 +105,9 @@ def grad_q(
             full, partial = block_lists.full, block_lists.partial
 
             def swap_turns():
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
+                if config.turns:
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
 
             def compute(me: int):
                 if interpret is None:

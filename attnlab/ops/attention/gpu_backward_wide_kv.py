@@ -196,22 +196,24 @@ def grad_kv(
                     plgpu.set_max_registers(24, action="decrease")
                 plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[0], kv_bar)
                 plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[0], kv_bar)
-                both = dict(collective_axes="half") if shared else {}
+                both = "half" if shared else None
 
                 def fetch(i, it, masked, n):
                     slot = lax.rem(it, stages)
                     here = pl.ds(i * block_q, block_q)
-                    for source, target, bar, free, options in (
+                    for source, target, bar, free, axes in (
                         (q_ref.at[b, here, n], q_smem, q_bar, q_free, both),
-                        (lse_ref.at[b, n, here], lse_smem, vector_bar, vector_free, {}),
-                        (delta_ref.at[b, n, here], delta_smem, vector_bar, None, {}),
+                        (lse_ref.at[b, n, here], lse_smem, vector_bar, vector_free, None),
+                        (delta_ref.at[b, n, here], delta_smem, vector_bar, None, None),
                         (do_ref.at[b, here, n], do_smem, do_bar, do_free, both),
                     ):
                         if free is not None:
                             pl.when(it >= stages)(
                                 lambda free=free: plgpu.barrier_wait(free.at[slot])
                             )
-                        plgpu.copy_gmem_to_smem(source, target.at[slot], bar.at[slot], **options)
+                        plgpu.copy_gmem_to_smem(
+                            source, target.at[slot], bar.at[slot], collective_axes=axes
+                        )
                     return it + 1
 
                 it = walk(fetch, jnp.int32(0))

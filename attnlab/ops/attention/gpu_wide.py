@@ -221,7 +221,7 @@ def forward(
                     plgpu.set_max_registers(24, action="decrease")
                 kv = lax.div(n, G)
                 plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(q0, WIDTH), n], q_smem.at[0], q_bar)
-                options = dict(collective_axes="half") if shared else {}
+                both = "half" if shared else None
                 rings = [(k_ref, k_smem, k_bar, k_free, stages)]
                 if not prefix:
                     rings.append((v_ref, v_smem, v_bar, v_free, stages_v))
@@ -234,7 +234,7 @@ def forward(
                             lambda free=free, slot=slot: plgpu.barrier_wait(free.at[slot])
                         )
                         plgpu.copy_gmem_to_smem(
-                            source.at[at], target.at[slot], bar.at[slot], **options
+                            source.at[at], target.at[slot], bar.at[slot], collective_axes=both
                         )
                     return it + 1
 
