@@ -20,6 +20,7 @@ Sources: Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 220
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -154,21 +155,24 @@ def _kernel(plan: Plan, entry, leads, G: int, unread: int, table, *refs):
         a_ref[...] = jnp.zeros(a_ref.shape, jnp.float32)
 
     def visit(partial: bool):
-        raw = product(q_ref[0, 0], k_ref[0, 0], (1, 1))
-        if plan.score is None:
-            z = raw * (plan.scale * LOG2E)
-        else:
-            z = tile.scored(raw * plan.scale)[0] * LOG2E
-        if partial:
-            z = jnp.where(tile.seen(), z, NEVER)
-        before = m_ref[...]
-        top = jnp.maximum(before, jnp.max(folded(jnp.maximum, z), 1, keepdims=True))
-        p = jnp.exp2(z - lanes(top, plan.block_k))
-        shrink = jnp.exp2(before - top)
-        m_ref[...] = top
-        l_ref[...] = shrink * l_ref[...] + folded(jnp.add, p)
-        pv = product(p.astype(v_ref.dtype), v_ref[0, 0], (1, 0))
-        a_ref[...] = a_ref[...] * lanes(shrink, V) + pv
+        for start in range(0, plan.block_k, plan.chunk):
+            part = dataclasses.replace(tile, columns=(start, start + plan.chunk))
+            keys = pl.ds(start, plan.chunk)
+            raw = product(q_ref[0, 0], k_ref[0, 0, keys], (1, 1))
+            if plan.score is None:
+                z = raw * (plan.scale * LOG2E)
+            else:
+                z = part.scored(raw * plan.scale)[0] * LOG2E
+            if partial:
+                z = jnp.where(part.seen(), z, NEVER)
+            before = m_ref[...]
+            top = jnp.maximum(before, jnp.max(folded(jnp.maximum, z), 1, keepdims=True))
+            p = jnp.exp2(z - lanes(top, plan.chunk))
+            shrink = jnp.exp2(before - top)
+            m_ref[...] = top
+            l_ref[...] = shrink * l_ref[...] + folded(jnp.add, p)
+            pv = product(p.astype(v_ref.dtype), v_ref[0, 0, keys], (1, 0))
+            a_ref[...] = a_ref[...] * lanes(shrink, V) + pv
 
     pl.when(kind_of(here) == FULL)(lambda: visit(False))
     pl.when(kind_of(here) == PARTIAL)(lambda: visit(True))

@@ -47,7 +47,8 @@ class Tile:
 
     Args:
         refs: operand name to its references. leads: of operands in scalar memory, ``[B, N]``
-            sizes. b, n: row of the batch and head. q0, k0: first query and key.
+            sizes. b, n: row of the batch and head. q0, k0: first query and key. columns: the part
+            of the tile's lanes that is meant, or None.
     """
 
     plan: Plan
@@ -57,6 +58,17 @@ class Tile:
     n: Any
     q0: Any
     k0: Any
+    columns: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the tile, or of its part."""
+        tall, wide = self.plan.shape
+        return (tall, wide) if self.columns is None else (tall, self.columns[1] - self.columns[0])
+
+    def _cut(self, x):
+        """The part's lanes of what lies along the lanes of the tile."""
+        return x if self.columns is None else x[:, self.columns[0] : self.columns[1]]
 
     def operand(self, name: str, group: str) -> tuple[Any, str]:
         """Value and rank of an operand."""
@@ -66,10 +78,12 @@ class Tile:
             b, n = (self.b if rows > 1 else 0), (self.n if heads > 1 else 0)
             return refs[0][b * heads + n], "scalar"
         if group == "dense":
-            return refs[0][0, 0], "tile"
+            return self._cut(refs[0][0, 0]), "tile"
         if group == "distances":
-            return self.toeplitz(refs), "tile"
-        return refs[0][0, 0], "row" if group == "rows" else "column"
+            return self._cut(self.toeplitz(refs)), "tile"
+        tall = (group == "rows") == (self.plan.q_axis == 0)
+        x = refs[0][0, 0]
+        return x if tall else self._cut(x), "row" if group == "rows" else "column"
 
     def coordinate(self, name: str) -> tuple[Any, str]:
         group = SIDES[name]
@@ -77,15 +91,17 @@ class Tile:
             return self.operand(name, group)
         rows = group == "rows"
         axis = self.plan.q_axis if rows else 1 - self.plan.q_axis
-        shape = (self.plan.shape[0], LANES) if axis == 0 else (1, self.plan.shape[1])
+        shape = (self.shape[0], LANES) if axis == 0 else (1, self.shape[1])
         place = lax.broadcasted_iota(jnp.int32, shape, axis)
+        if axis == 1 and self.columns is not None:
+            place = place + self.columns[0]
         return place + (self.q0 if rows else self.k0), "row" if rows else "column"
 
     def lift(self, x: Any, rank: str, to: str) -> Any:
         """Broadcast; see ``Body``."""
         if x.dtype == jnp.bool_:  # truth values are not moved between lanes
             return self.lift(jnp.where(x, 1, 0), rank, to) != 0
-        shape = self.plan.shape
+        shape = self.shape
         if rank == "scalar":
             tall = (to == "row") == (self.plan.q_axis == 0)
             vector = (shape[0], LANES) if tall else (1, shape[1])

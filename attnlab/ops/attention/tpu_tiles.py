@@ -29,6 +29,7 @@ from attnlab.core.mask import Coords
 from attnlab.core.staging import Body
 
 LANES = 128
+CHUNK = 512  # keys that the forward takes at once
 STRIP = 8  # rows of the strip of a Toeplitz tile
 SIDES = {"q_pos": "rows", "q_index": "rows", "q_segment": "rows",
          "k_pos": "columns", "k_index": "columns", "k_segment": "columns"}
@@ -72,6 +73,11 @@ class Plan:
     def shape(self) -> tuple[int, int]:
         """Of a tile in the kernel."""
         return (self.block_k, self.block_q)[:: 1 if self.q_axis else -1]
+
+    @property
+    def chunk(self) -> int:
+        """Keys of a tile that the forward takes at once."""
+        return next(c for c in (CHUNK, self.block_k) if self.block_k % c == 0)
 
     @property
     def unit(self) -> int:
