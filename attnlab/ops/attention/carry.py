@@ -115,8 +115,10 @@ def attention_step(
 
 def merge(a: Carry, b: Carry) -> Carry:
     """The state of the keys of both; associative, and ``Carry.empty`` is neutral."""
-    a.check(*b.o.shape, b.o.dtype)
-    m, l, o = merge_states(*((x.m[..., None], x.l[..., None], x.o) for x in (a, b)))
+    B, T, N, V = b.o.shape
+    a.check(B, T, N, V, b.o.dtype)
+    one, other = ((x.m[..., None], x.l[..., None], x.o) for x in (a, b))
+    m, l, o = merge_states(one, other)
     return Carry(o, m[..., 0], l[..., 0])
 
 
