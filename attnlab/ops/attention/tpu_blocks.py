@@ -33,7 +33,7 @@ def forward_blocks(T: int, S: int, H: int, V: int, dtype: str, kind: str, mask: 
     large = _wide(H) + _wide(V) > 512 or dtype == "float32" or VMEM.get(kind, 128) < 64
     q = _fitting(T, 512 if large else 1024, 16)
     k = _fitting(S, 512 if large else 1024, LANES)
-    return _dividing(mask, q, k)
+    return dividing(mask, q, k)
 
 
 def backward_blocks(T: int, S: int, H: int, V: int, dtype: str, kind: str, mask: Mask):
@@ -41,7 +41,7 @@ def backward_blocks(T: int, S: int, H: int, V: int, dtype: str, kind: str, mask:
     large = _wide(H) + _wide(V) > 512 or dtype == "float32" or VMEM.get(kind, 128) < 64
     q = _fitting(T, 256 if large else 512, LANES)
     k = _fitting(S, 256 if large else 512, LANES)
-    return _dividing(mask, q, k)
+    return dividing(mask, q, k)
 
 
 def _fitting(length: int, most: int, least: int) -> int:
@@ -52,7 +52,7 @@ def _fitting(length: int, most: int, least: int) -> int:
     return min(sizes, key=lambda size: -(-length // size) * (size + 16))
 
 
-def _dividing(mask: Mask, q: int, k: int) -> tuple[int, int]:
+def dividing(mask: Mask, q: int, k: int) -> tuple[int, int]:
     """Blocks of which one side divides the other, and both those of a ``Blocks`` mask."""
     for part in conjuncts(mask):
         if isinstance(part, Blocks):

@@ -196,4 +196,6 @@ def reciprocal(x):
     """``1 / x`` of numbers from 0 on, in float32 but for the last bit; of 0 a large number."""
     x = jnp.maximum(x, 1e-37)
     guess = pl.reciprocal(x, approx=True)
-    return guess * (2.0 - x * guess)
+    for _ in range(2):  # each doubles the digits; interpreters start from 8 bits
+        guess = guess * (2.0 - x * guess)
+    return guess
