@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from attnlab import cli
-from attnlab.analysis import check, explain, listing
-from attnlab.commands import convert, generate, parsing, printing, train
+from attnlab.analysis import check, explain, listing, printing
+from attnlab.commands import convert, generate, parsing, train
 from attnlab.core.dispatch import Device
 from attnlab.core.errors import ConfigError
 from attnlab.core.registry import VARIANTS, build_config, name_of

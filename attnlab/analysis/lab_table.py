@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnlab.analysis.printing import table
 from attnlab.analysis.targets import Target
-from attnlab.commands.printing import table
 
 MIB = 2**20
 

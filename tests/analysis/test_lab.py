@@ -31,9 +31,10 @@ def result(**changes):
 
 def test_candidates():
     v5e = find("v5e")
-    (used,) = lab.candidates(v5e, SHAPE, "forward")
+    used, ours = lab.candidates(v5e, SHAPE, "forward")
     assert (used["implementation"], used["blocks"], used["forced"]) == ("splash", None, False)
-    every = list(lab.candidates(v5e, SHAPE, "forward", blocks=["all"]))
+    assert (ours["implementation"], ours["blocks"]) == ("tpu", None)
+    every = list(lab.candidates(v5e, SHAPE, "forward", ["splash"], blocks=["all"]))
     assert every[0]["blocks"] is None and all(cell["forced"] for cell in every[1:])
     assert {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 512} in [
         cell["blocks"] for cell in every
@@ -43,10 +44,10 @@ def test_candidates():
         ("xla", None), ("splash", None), ("splash", {"block_q": 256})
     ], "splash as a call takes it is always there to compare with"
     (vit,) = lab.shapes_of(["vit-l14-257"])
-    (refused,) = lab.candidates(v5e, vit, "forward")
+    (refused,) = lab.candidates(v5e, vit, "forward", ["splash"])
     assert refused["error"] == "refused: T = 257 is not a multiple of 128"
     (decode,) = lab.shapes_of(["deepseek-v3-mla-absorbed-4k"])
-    (refused,) = lab.candidates(v5e, decode, "backward")
+    (refused,) = lab.candidates(v5e, decode, "backward", ["splash"])
     assert "is a shape of inference" in refused["error"]
     (ours,) = lab.candidates(find("h200"), SHAPE, "forward")
     assert ours["implementation"] == "gpu"
