@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.extend import core as jex
 
@@ -89,7 +90,8 @@ class Mod:
                     "return the score, or the truth value, and nothing else",
                 )
             out = jnp.asarray(out)
-            if jnp.issubdtype(out.dtype, jnp.complexfloating) or out.shape != () or (out.dtype == jnp.bool_) != (result == jnp.bool_):
+            fits = (out.dtype == jnp.bool_) == (result == jnp.bool_)
+            if out.shape != () or not fits or jnp.issubdtype(out.dtype, jnp.complexfloating):
                 raise ConfigError(
                     f"{kind} returns {out.dtype}{list(out.shape)}",
                     f"must return one {'truth value' if result == jnp.bool_ else 'number'} a pair",

@@ -405,12 +405,12 @@ def _flatten(program: Program):
     variables: dict[int, Any] = {}
     shapes: dict[int, tuple[int, ...]] = {}
 
-    def fresh(aval) -> int:
+    def fresh(aval: Any) -> int:
         variables[len(variables)] = aval.dtype
         shapes[len(shapes)] = aval.shape
         return len(variables) - 1
 
-    def walk(jaxpr, env):
+    def walk(jaxpr: Any, env):
         def read(x):
             if isinstance(x, jex.Literal):
                 return _Constant(x.val if x.aval.shape else x.aval.dtype.type(x.val))

@@ -17,6 +17,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -159,10 +160,14 @@ class _Rule:
                 side = dataclasses.replace(side, index=place)  # type: ignore[arg-type]
             sides.append(side)
         by_place = layout == "packed" and not _reads_positions(mask)
-        bounds = [_tile_bounds(s, b, by_place) for s, b in zip(sides, (block_q, block_k))]
+        q_bounds, k_bounds = (
+            _tile_bounds(s, b, by_place) for s, b in zip(sides, (block_q, block_k))
+        )
         tiles = (-(-sides[0].index.shape[0] // block_q), -(-sides[1].index.shape[0] // block_k))
         exact = any(isinstance(part, MaskMod | Blocks) for part in parts(mask))
-        return _Rule(mask, *bounds, (sides[0], sides[1]), tiles, (block_q, block_k), exact)
+        return _Rule(
+            mask, q_bounds, k_bounds, (sides[0], sides[1]), tiles, (block_q, block_k), exact
+        )
 
     @property
     def length(self) -> tuple[int, int]:
@@ -232,17 +237,17 @@ def _tile_bounds(side: Coords, block: int, by_place: bool) -> Bounds:
     B = max(positions.shape[0], 1 if segments is None else segments.shape[0])
     low, high = xp.min, xp.max
     size = (B, -(-positions.shape[-1] // block))
-    wide = [xp.broadcast_to(cut(positions, f), size) for f in (low, high)]
+    first, last = (xp.broadcast_to(cut(positions, f), size) for f in (low, high))
     seg = (None, None) if segments is None else (cut(segments, low), cut(segments, high))
     index = [cut(side.index[None], f) for f in (low, high)]
-    index = [xp.broadcast_to(x, wide[0].shape) for x in index]
-    return Bounds(*wide, *seg, *index)
+    index = [xp.broadcast_to(x, size) for x in index]
+    return Bounds(first, last, seg[0], seg[1], index[0], index[1])
 
 
 def _on_host(rule: _Rule, transposed: bool) -> tuple[Runs, Runs]:
     rows, columns = rule.tiles[::-1] if transposed else rule.tiles
     others = np.arange(columns)
-    lines: dict[int, list[list[tuple[int, int]]]] = {FULL: [], PARTIAL: []}
+    lines: dict[int, list[list[list[tuple[int, int]]]]] = {FULL: [], PARTIAL: []}
     for i in range(rows):
         if rule.exact:
             kinds = np.asarray(rule.line(i, transposed))

@@ -124,7 +124,7 @@ def forward(
     )
     static = _Static(options, interpret)
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
-    o, lse = _attend(static, q, k, v, sink, handed, (seen, mask, q_coords, k_coords))
+    o, lse = _attend(static, q, k, v, sink, handed, (seen, mask, q_coords, k_coords))  # type: ignore[misc]
     return o[..., :V], lse[:, :, :T].swapaxes(1, 2)
 
 
