@@ -413,7 +413,8 @@ def _flatten(program: Program):
     def walk(jaxpr: Any, env):
         def read(x):
             if isinstance(x, jex.Literal):
-                return _Constant(x.val if x.aval.shape else x.aval.dtype.type(x.val))
+                aval: Any = x.aval
+                return _Constant(x.val if aval.shape else aval.dtype.type(x.val))
             return env[x]
 
         for eqn in jaxpr.eqns:
