@@ -39,7 +39,8 @@ from attnlab.core.mask import (
 )
 
 NONE, PARTIAL, FULL = 0, 1, 2
-MOST_RUNS = 16
+MOST_RUNS = 16  # stored for a row of tiles at least, where there are so many tiles
+ROOM = 2**20  # runs stored for all rows of tiles, if that is more
 
 
 @jax.tree_util.register_dataclass
@@ -285,7 +286,7 @@ def _packed(lines, lead) -> Runs:
 
 def _on_device(rule: _Rule, transposed: bool) -> tuple[Runs, Runs]:
     rows, columns = rule.tiles[::-1] if transposed else rule.tiles
-    most = min(columns, max(MOST_RUNS, 2**20 // rows))
+    most = min(columns, max(MOST_RUNS, ROOM // rows))
 
     def line(i):
         kinds = _bounded(rule.line(i, transposed), most)
