@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +49,7 @@ def visits(lists, columns: int) -> np.ndarray:
                 listed += range(first[b, n, e], first[b, n, e] + count[b, n, e])
             assert len(listed) == len(set(listed)) == total[b, n, r], "a tile is listed twice"
             assert (out[b, n, r, listed] == NONE).all(), "a tile is both full and partial"
-            assert not listed or 0 <= min(listed) and max(listed) < columns
+            assert not listed or (0 <= min(listed) and max(listed) < columns)
             out[b, n, r, listed] = kind
     return out
 
@@ -148,7 +150,7 @@ def test_lists_of_documents(mask, tiles, seed, kind, shape):
     positions, segments = np.zeros((2, B, T), np.int32)
     for b in range(B):
         cuts = [0, *sorted(rng.integers(1, T, 3).tolist()), T]
-        for i, (a, z) in enumerate(zip(cuts[:-1], cuts[1:])):
+        for i, (a, z) in enumerate(itertools.pairwise(cuts)):
             positions[b, a:z] = np.arange(z - a)
             segments[b, a:z] = 0 if i == 3 and seed % 2 else i + 1
     check(mask, {"positions": positions, "segments": segments}, kind, T, T, *tiles)
@@ -281,7 +283,7 @@ def test_kernels_take_the_lists_of_a_plan(monkeypatch):
     planned = plan(mask, **where, batch=B, heads=N, sink_tokens=1, block_q=8, block_k=16)
     planned = plan(planned, **where, batch=B, heads=N, block_q=16, block_k=8)
     assert len(planned.lists) == 4
-    whole = (((mask | SinkTokens(1)) & Segments())).bound(B, N)
+    whole = ((mask | SinkTokens(1)) & Segments()).bound(B, N)
     q = Coords(where["positions"], where["segments"], jnp.arange(T, dtype=jnp.int32))
 
     def lists(mask, block_q, block_k, transposed):
