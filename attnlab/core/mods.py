@@ -90,9 +90,8 @@ class Mod:
                     "return the score, or the truth value, and nothing else",
                 )
             out = jnp.asarray(out)
-            real = not jnp.issubdtype(out.dtype, jnp.complexfloating)
-            same = (out.dtype == jnp.bool_) == (result == jnp.bool_)
-            if not real or not same or out.shape != ():
+            fits = (out.dtype == jnp.bool_) == (result == jnp.bool_)
+            if out.shape != () or not fits or jnp.issubdtype(out.dtype, jnp.complexfloating):
                 raise ConfigError(
                     f"{kind} returns {out.dtype}{list(out.shape)}",
                     f"must return one {'truth value' if result == jnp.bool_ else 'number'} a pair",

@@ -398,10 +398,30 @@ def _hoist(mod: Mod, steps, body: Body, entry: Handed, given: dict) -> jax.Array
     return jnp.broadcast_to(out, (*out.shape[:2], *tail))
 
 
+def _key(eqn: Any, given: list[Any]) -> Any:
+    """Equal for steps that compute the same; None where that cannot be told."""
+    if len(eqn.outvars) != 1:
+        return None
+    read = tuple(
+        (x.value.dtype.name, repr(x.value.item())) if isinstance(x, _Constant) and x.value.ndim == 0
+        else x for x in given
+    )
+    try:
+        key = (eqn.primitive, tuple(sorted(eqn.params.items())), read)
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
 @functools.lru_cache(maxsize=256)
 def _flatten(program: Program):
-    """The program with all calls inlined: ``(steps, dtypes, result, shapes)``."""
+    """The program with all calls inlined: ``(steps, dtypes, result, shapes)``.
+
+    What is written twice (``slope[head]``, say) is computed, and handed to the kernel, once.
+    """
     steps: list[_Step] = []
+    known: dict[Any, int] = {}
     variables: dict[int, Any] = {}
     shapes: dict[int, tuple[int, ...]] = {}
 
@@ -410,7 +430,7 @@ def _flatten(program: Program):
         shapes[len(shapes)] = aval.shape
         return len(variables) - 1
 
-    def walk(jaxpr, env):
+    def walk(jaxpr: Any, env):
         def read(x):
             if isinstance(x, jex.Literal):
                 aval: Any = x.aval
@@ -430,7 +450,13 @@ def _flatten(program: Program):
                 results = walk(opened, scope)
                 env |= dict(zip(eqn.outvars, results, strict=True))
                 continue
+            key = _key(eqn, given)
+            if key is not None and key in known:
+                env[eqn.outvars[0]] = known[key]
+                continue
             results = tuple(fresh(v.aval) for v in eqn.outvars)
+            if key is not None:
+                known[key] = results[0]
             env |= dict(zip(eqn.outvars, results, strict=True))
             steps.append(_Step(eqn.primitive, eqn.params, tuple(given), results))
         return [read(v) for v in jaxpr.outvars]

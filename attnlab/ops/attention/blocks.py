@@ -39,7 +39,8 @@ from attnlab.core.mask import (
 )
 
 NONE, PARTIAL, FULL = 0, 1, 2
-MOST_RUNS = 16
+MOST_RUNS = 16  # stored for a row of tiles at least, where there are so many tiles
+ROOM = 2**20  # runs stored for all rows of tiles, if that is more
 
 
 @jax.tree_util.register_dataclass
@@ -160,12 +161,14 @@ class _Rule:
                 side = dataclasses.replace(side, index=place)  # type: ignore[arg-type]
             sides.append(side)
         by_place = layout == "packed" and not _reads_positions(mask)
-        q_bounds = _tile_bounds(sides[0], block_q, by_place)
-        k_bounds = _tile_bounds(sides[1], block_k, by_place)
+        q_bounds, k_bounds = (
+            _tile_bounds(s, b, by_place) for s, b in zip(sides, (block_q, block_k))
+        )
         tiles = (-(-sides[0].index.shape[0] // block_q), -(-sides[1].index.shape[0] // block_k))
         exact = any(isinstance(part, MaskMod | Blocks) for part in parts(mask))
-        pair = (sides[0], sides[1])
-        return _Rule(mask, q_bounds, k_bounds, pair, tiles, (block_q, block_k), exact)
+        return _Rule(
+            mask, q_bounds, k_bounds, (sides[0], sides[1]), tiles, (block_q, block_k), exact
+        )
 
     @property
     def length(self) -> tuple[int, int]:
@@ -235,11 +238,11 @@ def _tile_bounds(side: Coords, block: int, by_place: bool) -> Bounds:
     B = max(positions.shape[0], 1 if segments is None else segments.shape[0])
     low, high = xp.min, xp.max
     size = (B, -(-positions.shape[-1] // block))
-    wide = [xp.broadcast_to(cut(positions, f), size) for f in (low, high)]
+    first, last = (xp.broadcast_to(cut(positions, f), size) for f in (low, high))
     seg = (None, None) if segments is None else (cut(segments, low), cut(segments, high))
     index = [cut(side.index[None], f) for f in (low, high)]
-    index = [xp.broadcast_to(x, wide[0].shape) for x in index]
-    return Bounds(wide[0], wide[1], seg[0], seg[1], index[0], index[1])
+    index = [xp.broadcast_to(x, size) for x in index]
+    return Bounds(first, last, seg[0], seg[1], index[0], index[1])
 
 
 def _on_host(rule: _Rule, transposed: bool) -> tuple[Runs, Runs]:
@@ -283,7 +286,7 @@ def _packed(lines, lead) -> Runs:
 
 def _on_device(rule: _Rule, transposed: bool) -> tuple[Runs, Runs]:
     rows, columns = rule.tiles[::-1] if transposed else rule.tiles
-    most = min(columns, max(MOST_RUNS, 2**20 // rows))
+    most = min(columns, max(MOST_RUNS, ROOM // rows))
 
     def line(i):
         kinds = _bounded(rule.line(i, transposed), most)

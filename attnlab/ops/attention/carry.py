@@ -54,13 +54,14 @@ class Carry:
         zero = jnp.zeros((B, T, N), dtype)
         return Carry(jnp.zeros((B, T, N, V), dtype), zero - math.inf, zero)
 
-    def check(self, B: int, T: int, N: int, V: int, dtype: Any) -> None:
-        """Raise ShapeError or ConfigError unless it is a state of such queries."""
-        for name, shape in (("o", (B, T, N, V)), ("m", (B, T, N)), ("l", (B, T, N))):
+    def check(self, shape: tuple[int, ...], dtype: Any) -> None:
+        """Raise ShapeError or ConfigError unless it is a state of ``shape = (B, T, N, V)``."""
+        B, T, N, V = shape
+        for name, wanted in (("o", (B, T, N, V)), ("m", (B, T, N)), ("l", (B, T, N))):
             x = getattr(self, name)
-            if x.shape != shape:
+            if x.shape != wanted:
                 raise ShapeError(
-                    f"carry.{name} has shape {tuple(x.shape)}", f"must be {shape}",
+                    f"carry.{name} has shape {tuple(x.shape)}", f"must be {wanted}",
                     "go on with the queries and value width that it was made with",
                 )
             if x.dtype != dtype:
@@ -104,7 +105,7 @@ def attention_step(
     )
     shape = call.B, call.T, call.N, call.V
     if carry is not None:
-        carry.check(*shape, given["softmax_dtype"])
+        carry.check(shape, given["softmax_dtype"])
     if call.S == 0:
         return Carry.empty(*shape, given["softmax_dtype"]) if carry is None else carry
     step: Any = OP.choose(call, impl, step=True).step
@@ -115,10 +116,8 @@ def attention_step(
 
 def merge(a: Carry, b: Carry) -> Carry:
     """The state of the keys of both; associative, and ``Carry.empty`` is neutral."""
-    B, T, N, V = b.o.shape
-    a.check(B, T, N, V, b.o.dtype)
-    one, other = ((x.m[..., None], x.l[..., None], x.o) for x in (a, b))
-    m, l, o = merge_states(one, other)
+    a.check(b.o.shape, b.o.dtype)
+    m, l, o = merge_states(*((x.m[..., None], x.l[..., None], x.o) for x in (a, b)))
     return Carry(o, m[..., 0], l[..., 0])
 
 

@@ -18,7 +18,7 @@ from attnlab.core.mask import (
     conjuncts,
     parts,
 )
-from attnlab.core.types import LAYOUTS
+from attnlab.core.types import LAYOUTS, Layout
 
 
 def composed(mask: Any, sink_tokens: int, segments: bool) -> Mask:
@@ -62,8 +62,8 @@ def composed(mask: Any, sink_tokens: int, segments: bool) -> Mask:
 
 
 def coordinates(
-    positions: Any, segments: Any, layout: str, B: int, T: int, S: int
-) -> tuple[Coords, Coords, Any]:
+    positions: Any, segments: Any, layout: Layout, B: int, T: int, S: int
+) -> tuple[Coords, Coords, Layout]:
     """Coordinates of the queries and keys, and what is promised of them."""
     full = positions is None
     if full and T != S:

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab.core.errors import ConfigError, ShapeError
 from attnlab.core.mask import STATIC, Mask, Wrapped
+from attnlab.core.types import Layout
 from attnlab.ops.attention.blocks import BlockLists, block_lists
 from attnlab.ops.attention.inputs import composed, coordinates
 
@@ -96,7 +97,7 @@ def plan(
     positions: Any = None,
     segments: Any = None,
     length: int | None = None,
-    layout: str = "any",
+    layout: Layout = "any",
     sink_tokens: int = 0,
     block_q: int = 128,
     block_k: int = 128,

@@ -74,7 +74,7 @@ def step(
     return state[2], state[0][..., 0], state[1][..., 0]
 
 
-def _run(q, k, v, sink_logits, fixed, scale, logit_cap, softmax_dtype, out):
+def _run(q, k, v, sink_logits, fixed, scale, logit_cap, softmax_dtype, out) -> tuple[Any, Any]:
     """``(o, lse)``, o rounded to ``out`` or the wider dtype of the computation."""
     narrow = jnp.promote_types(q.dtype, softmax_dtype) == softmax_dtype
     dtype = q.dtype if narrow else softmax_dtype
@@ -223,15 +223,11 @@ def _attend_bwd(spec, residuals, cotangents):
         p = jnp.where(alive, jnp.exp(sink.astype(spec.wide) - lse), 0)
         dsink = -(p * delta).sum((0, 1)).astype(sink.dtype)
     edge = tiling.padding
-    queries = (
-        _pad(_heads(x, K), spec.tile_q, mode=mode)
-        for x, mode in ((q, edge), (do, "constant"), (lse[..., None], edge),
-                        (delta[..., None], "constant"))
-    )
-    keys = (
-        _pad(x.swapaxes(1, 2), spec.tile_k, mode=mode) for x, mode in ((k, edge), (v, "constant"))
-    )
-    dq, dk, dv, dfloats = _row_grads(spec, tiling, *queries, *keys, floats)  # type: ignore[misc]
+    qs, rows = (_pad(_heads(x, K), spec.tile_q, mode=edge) for x in (q, lse[..., None]))
+    dos, deltas = (_pad(_heads(x, K), spec.tile_q) for x in (do, delta[..., None]))
+    ks = _pad(k.swapaxes(1, 2), spec.tile_k, mode=edge)
+    vs = _pad(v.swapaxes(1, 2), spec.tile_k)
+    dq, dk, dv, dfloats = _row_grads(spec, tiling, qs, dos, rows, deltas, ks, vs, floats)
     dq = _tokens(dq[..., :T, :]).astype(q.dtype)
     dk, dv = (
         dx[..., :S, :].swapaxes(1, 2).astype(x.dtype) for dx, x in ((dk, k), (dv, v))
@@ -295,7 +291,7 @@ def _row_grads(spec: _Spec, tiling: _Tiling, q, do, lse, delta, k, v, floats):
     live = tiling.live(spec)
     zeros = functools.partial(jnp.zeros, dtype=spec.wide)
     no_dq = _vary_like(zeros((*q.shape[:3], spec.tile_q, q.shape[-1])), q)
-    no_dk, no_dv, *no_dfloats = (_vary_like(zeros(x.shape), q) for x in (k, v, *floats))
+    none = [_vary_like(zeros(x.shape), q) for x in (k, v, *floats)]
 
     def row(sums, i):
         def step(sums, j):
@@ -309,7 +305,7 @@ def _row_grads(spec: _Spec, tiling: _Tiling, q, do, lse, delta, k, v, floats):
         (dq, *sums), _ = lax.scan(step, (no_dq, *sums), jnp.arange(n_k))
         return tuple(sums), dq
 
-    sums, dq = lax.scan(row, (no_dk, no_dv, tuple(no_dfloats)), jnp.arange(n_q))
+    sums, dq = lax.scan(row, (none[0], none[1], tuple(none[2:])), jnp.arange(n_q))
     return _join(dq), *sums
 
 
