@@ -21,8 +21,10 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core as jex
 
+from attnlab.core.axes import vary, varying
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError
 
 PAIR = ("head", "q_pos", "k_pos")
@@ -159,7 +161,11 @@ class Mod:
 
     def of_pair(self, *values: Any) -> Any:
         """The function of one pair: ``values`` as in ``program.inputs``."""
-        return jax.core.eval_jaxpr(self.program.jaxpr, self.captured, *values)[0]
+        every = vary((self.captured, values))
+        axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(every)))
+        if not axes:
+            return jax.core.eval_jaxpr(self.program.jaxpr, self.captured, *values)[0]
+        return _in_shard(self.program.jaxpr, every[0], every[1], axes)[0]
 
     def on_grid(self, q: Any, k: Any, score: jax.Array | None = None) -> jax.Array:
         """The function on all pairs of ``q`` and ``k`` (``mask.Coords``): ``[B, N, T, S]``.
@@ -199,6 +205,37 @@ class Mod:
         return dataclasses.replace(
             self, captured=tuple(P() for _ in self.captured), batch=P(batch), heads=P(heads)
         )
+
+
+# Calls that hold the program of a function; the name of the parameter that does.
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
+         "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "checkpoint": "jaxpr"}
+
+
+def _in_shard(jaxpr: Any, consts: Any, values: Any, axes: frozenset) -> list[Any]:
+    """``eval_jaxpr`` inside shard_map, which wants all operands of a step to vary alike."""
+
+    def cast(x):
+        missing = tuple(sorted(axes - varying(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), map(cast, (*consts, *values)), strict=True))
+
+    def read(x: Any):
+        return cast(jnp.asarray(x.val, x.aval.dtype)) if isinstance(x, jex.Literal) else env[x]
+
+    for eqn in jaxpr.eqns:
+        given = [read(x) for x in eqn.invars]
+        inner = CALLS.get(eqn.primitive.name)
+        if inner is not None:
+            closed = eqn.params[inner]
+            opened, more = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+            outs = _in_shard(opened, more, given, axes)
+        else:
+            out = eqn.primitive.bind(*given, **eqn.params)
+            outs = out if eqn.primitive.multiple_results else [out]
+        env |= dict(zip(eqn.outvars, map(cast, outs), strict=True))
+    return [read(x) for x in jaxpr.outvars]
 
 
 def _check_captured(what: str, captured: tuple[jax.Array, ...], score_dtype: Any) -> None:

@@ -31,11 +31,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
-from attnlab.core.mods import Mod, Program
+from attnlab.core.mods import CALLS, Mod, Program
 
 GROUPS = ("heads", "rows", "columns", "distances", "dense")
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-          "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "checkpoint": "jaxpr"}
 _ELEMENTWISE = frozenset(
     "add add_any sub mul div rem max min neg sign abs exp exp2 log log1p expm1 tanh sin cos tan "
     "sqrt rsqrt cbrt pow integer_pow square logistic erf erf_inv erfc floor ceil round atan2 and "
@@ -439,7 +437,7 @@ def _flatten(program: Program):
 
         for eqn in jaxpr.eqns:
             given = [read(x) for x in eqn.invars]
-            inner = _CALLS.get(eqn.primitive.name)
+            inner = CALLS.get(eqn.primitive.name)
             if inner is not None:
                 closed = eqn.params[inner]
                 opened, consts = (

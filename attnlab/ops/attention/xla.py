@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from attnlab.core.axes import vary
 from attnlab.core.mask import Coords, Mask
 from attnlab.core.mods import Mod
 from attnlab.core.softmax import finish_state, finite, merge_states
@@ -87,7 +88,7 @@ def _run(q, k, v, sink_logits, fixed, scale, logit_cap, softmax_dtype, out) -> t
     if score is not None:
         floats, score = score.floats, score.with_floats((None,) * len(score.floats))
     args = (q.astype(dtype), k.astype(dtype), v.astype(dtype), sink_logits, floats)
-    return _attend(spec, *_vary((*args, (mask, score, *coords))))  # type: ignore[misc]
+    return _attend(spec, *vary((*args, (mask, score, *coords))))  # type: ignore[misc]
 
 
 def tile_sizes(B: int, N: int, T: int, S: int) -> tuple[int, int]:
@@ -392,23 +393,5 @@ def _pad(x, size: int, axis: int = -2, mode: str = "constant"):
     return jnp.pad(x, widths, mode=mode)
 
 
-def _axes(x) -> frozenset:
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _vary(tree):
-    """Give all arrays the same varying axes inside shard_map, as scans and cond branches require.
-
-    The transpose of the cast is the sum over those axes that a replicated input's gradient needs.
-    """
-    axes = frozenset().union(*(_axes(x) for x in jax.tree.leaves(tree)))
-
-    def cast(x):
-        missing = tuple(sorted(axes - _axes(x)))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
-
-
 def _vary_like(tree, like):
-    return _vary((tree, like))[0]
+    return vary((tree, like))[0]
