@@ -13,7 +13,17 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from attnlab.commands import bench, check, convert, explain, generate, listing, tokenize, train
+from attnlab.commands import (
+    bench,
+    check,
+    convert,
+    explain,
+    generate,
+    listing,
+    tokenize,
+    train,
+    tune,
+)
 from attnlab.commands import eval as evaluate
 from attnlab.commands.parsing import WRONG, Command, parse
 from attnlab.core.errors import AttnlabError, CheckpointError, NonFiniteError
@@ -93,10 +103,16 @@ COMMANDS: dict[str, Command] = {
         tokenize.parser, tokenize.run,
     ),
     "bench": Command(
-        "Time the training step of a recipe, or the attention op against its peers, here.",
+        "Time the training step or the attention op here; judge kernels without their device.",
         "attnlab bench train --recipe 350m --batch 8 --seq-len 4096\n"
-        "attnlab bench attention --case causal-128,t5 --seconds 450 --out rows.json",
+        "attnlab bench attention --case causal-128,t5 --seconds 450 --out rows.json\n"
+        "attnlab bench attention --target v5e --shape llama3-8b-8k --blocks all",
         bench.parser, bench.run,
+    ),
+    "tune": Command(
+        "Choose the block sizes of attention kernels and keep them: predicted, or measured here.",
+        "attnlab tune\nattnlab tune --target v5e --shape primary",
+        tune.parser, tune.run,
     ),
     "convert": Command(
         "Write the parameters of a run to one file.",

@@ -11,6 +11,8 @@ CPU = os.environ.get("JAX_PLATFORMS", "" if DEVICES else "cpu") == "cpu"
 
 if CPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # XLA's threads: the GPU interpreter blocks one for each warpgroup that waits on a barrier.
+    os.environ.setdefault("NPROC", "8")
     # Tiny programs: compile time is what counts, and xdist already uses the cores.
     os.environ.setdefault(
         "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"

@@ -18,7 +18,7 @@ from attnlab.analysis import (
 )
 from attnlab.analysis import bench_timing as timing
 from attnlab.analysis.bench_cases import BOTH, FORWARD, Case, Decode
-from attnlab.core.errors import UnsupportedError
+from attnlab.core.errors import ImplementationError
 
 CASES = [c for c in bench_cases.CASES if isinstance(c, Case)]
 
@@ -104,7 +104,7 @@ def test_a_wrong_implementation_gets_a_reason_and_no_time(tmp_path, monkeypatch)
     assert engine.measure(case, "reference", FORWARD, path)["reason"]
 
 
-def test_decode_without_the_op_refuses_and_its_reference_is_dense(monkeypatch):
+def test_decode_runs_over_pages_and_its_reference_is_dense():
     step = Decode(B=2, S=64, N=4, K=2, H=16, V=16, page=16)
     data = bench_jax.bench_decode.arrays(step)
     exact = bench_jax.bench_decode.reference(step, data)["o"]
@@ -114,10 +114,11 @@ def test_decode_without_the_op_refuses_and_its_reference_is_dense(monkeypatch):
     z = k[:, 1] @ np.asarray(data["q"], np.float32)[1, 0, 3] / 4
     p = np.exp(z - z.max())
     np.testing.assert_allclose(exact[1, 0, 3], p @ v[:, 1] / p.sum(), rtol=1e-4, atol=1e-5)
-    empty = types.SimpleNamespace()
-    monkeypatch.setattr(bench_jax.bench_decode.importlib, "import_module", lambda name: empty)
-    with pytest.raises(UnsupportedError, match="not in this installation"):
-        bench_jax.bench_decode.call(step, "gpu", data)
+    function, args = bench_jax.bench_decode.call(step, "xla", data)
+    np.testing.assert_allclose(np.asarray(function(*args)["o"], np.float32), exact, atol=2e-2)
+    function, args = bench_jax.bench_decode.call(step, "gpu", data)
+    with pytest.raises(ImplementationError, match="gpu: runs on Hopper GPUs, not on cpu"):
+        function(*args)
 
 
 # Clocks

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from attnlab import cli
-from attnlab.analysis import check, explain, listing
-from attnlab.commands import convert, generate, parsing, printing, train
+from attnlab.analysis import check, explain, listing, printing
+from attnlab.commands import convert, generate, parsing, train
 from attnlab.core.dispatch import Device
 from attnlab.core.errors import ConfigError
 from attnlab.core.registry import VARIANTS, build_config, name_of
@@ -103,9 +103,12 @@ def test_version(capsys):
         ("bench train --steps 0", ("--steps 0", "at least 1", "use 1 or more")),
         ("bench train --warmup -1", ("--warmup -1", "at least 0", "use 0 or more")),
         ("bench train --batch 0", ("--batch 0", "at least 1", "use 1 or more")),
+        ("bench attention --shape ci", ("--shape", "needs --target", "leave it out")),
+        ("bench attention --target v5e --case t5", ("--case", "measures", "leave it out")),
+        ("bench attention --target v9", ("target = 'v9'", "unknown", "v5p, v6e, v7x, h200")),
+        ("bench nothing", ("'nothing'", "invalid choice", "--help")),
         ("bench train --seq-len 0", ("seq_len = 0", "at least 2", "use 2 or more")),
-        ("bench train --case t5", ("--case", "nothing to bench train", "leave it out")),
-        ("bench attention --steps 3", ("--steps", "nothing to bench attention", "leave it out")),
+        ("bench train --case t5", ("--case", "not a flag of attnlab bench")),
         ("bench attention --case t6", ("--case t6", "not a case", "use causal-128")),
         ("bench attention --impl gpus", ("--impl gpus", "not timed here", "use gpu")),
         ("bench attention --seq-len 100", ("--seq-len 100", "multiple of 128", "use 16384")),

@@ -51,9 +51,9 @@ class WindowOneTooWide(OnConfig):
 
 @caught_by("split_prefill", "decode_is_train", "ragged_prompts")
 class AttendsByArrayIndex(OnModule):
-    def prefill(self, x, seq, cache, *, impl=None):
+    def _cached(self, x, seq, cache, impl, step):
         index = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        return GQA.prefill(self, x, dataclasses.replace(seq, positions=index), cache, impl=impl)
+        return GQA._cached(self, x, dataclasses.replace(seq, positions=index), cache, impl, step)
 
 
 @caught_by("packing_is_separate_documents", "causality")
@@ -111,9 +111,9 @@ class StopsAGradient(OnModule):
 
 @caught_by("fp32_budget")
 class RoundsToBfloat16(OnModule):
-    def _attend(self, q, k, v, *rest):
+    def _mix_values(self, q, k, v, *rest):
         q, k, v = (a.astype("bfloat16") for a in (q, k, v))
-        return GQA._attend(self, q, k, v, *rest).astype("float32")
+        return GQA._mix_values(self, q, k, v, *rest).astype("float32")
 
 
 @caught_by("decode_is_train", "decode_several", "mixed_prefill_and_decode", "far_positions")

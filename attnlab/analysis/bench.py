@@ -22,44 +22,23 @@ from attnlab.core.errors import ConfigError
 CHECKED = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
-# Flags that the other benchmark alone has, and their defaults.
-_TRAIN = {"recipe": "350m", "batch": 8, "steps": 20, "warmup": 4, "sets": []}
-_ATTENTION = {"case": None, "direction": "both", "seconds": None, "again": False}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``attnlab bench``."""
-    from attnlab.analysis import bench_attention
-
-    parser.add_argument(
-        "what", choices=["train", "attention"],
-        help="train: the training step of a recipe; attention: the op against its peers on one GPU",
-    )
+    """The options of ``attnlab bench train``."""
     parser.add_argument("--recipe", default="350m", help="recipe to time (default: 350m)")
     parser.add_argument("--batch", type=int, default=8, help="rows a step (default: 8)")
     parser.add_argument("--seq-len", type=int, help="tokens a row (default: the recipe's)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default: 20)")
     parser.add_argument("--warmup", type=int, default=4, help="untimed steps (default: 4)")
-    parser.add_argument(
-        "--impl", help="attention implementation (default: the first that serves); bench attention:"
-        " comma-separated names (default: ours and all peers)",
-    )
+    parser.add_argument("--impl", help="attention implementation (default: the first that serves)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="sets",
         help="change a recipe field, as in train",
     )
     parser.add_argument("--out", help="append the result row to this JSON file")
-    bench_attention.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the benchmark; prints a table and, for training, one JSON line."""
-    for name, default in (_ATTENTION if args.what == "train" else _TRAIN).items():
-        if getattr(args, name) != default:
-            flag = "set" if name == "sets" else name
-            raise ConfigError(
-                f"--{flag}", f"means nothing to bench {args.what}", "leave it out"
-            )
+    """Run the benchmark; prints a table and one JSON line."""
     for flag, value, least in (
         ("batch", args.batch, 1), ("steps", args.steps, 1), ("warmup", args.warmup, 0)
     ):
@@ -68,10 +47,6 @@ def main(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{flag} {value}", rule, f"use {least} or more")
     if args.out:
         stored(Path(args.out))  # a file that cannot take the row is no use after the measurement
-    if args.what == "attention":
-        from attnlab.analysis import bench_attention
-
-        return bench_attention.main(args)
     row = train(
         args.recipe, args.batch, args.seq_len, args.steps, args.warmup, args.impl, args.sets
     )

@@ -41,12 +41,17 @@ _JAX = (*_MEASURE, "analysis/bench_jax.py", "ops/attention/__init__.py", "ops/at
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that only ``attnlab bench attention`` has."""
-    group = parser.add_argument_group("attention")
+    """The options of ``attnlab bench attention`` where it measures."""
+    group = parser.add_argument_group("measured on this device")
     names = ", ".join(case.name for case in bench_cases.CASES)
     impls = ", ".join(KINDS)
     group.add_argument("--case", help=f"comma-separated (default: all): {names}")
-    group.description = f"--impl: {impls}\n(default: all but {', '.join(ON_REQUEST)})"
+    group.add_argument(
+        "--impl", help=f"comma-separated (default: all but {', '.join(ON_REQUEST)}): {impls}; with "
+        "--target: implementations with block sizes on it",
+    )
+    group.add_argument("--seq-len", type=int, help="tokens a row (default: the case's)")
+    group.add_argument("--out", metavar="FILE", help="store the rows in this JSON file")
     group.add_argument(
         "--direction", choices=["fwd", "bwd", "both"], default="both",
         help="fwd: forward alone; bwd: forward + backward in one call (default: both)",
@@ -64,6 +69,8 @@ def main(args: argparse.Namespace) -> int:
     """
     if args.seconds is not None and not args.seconds > 0:
         raise ConfigError(f"--seconds {args.seconds:g}", "must be positive", "use 480")
+    if args.out:
+        stored(Path(args.out))  # a file that cannot take rows is no use after the measurement
     cells = chosen(args.case, args.impl, args.direction, args.seq_len)
     command = ["attnlab bench attention"]
     for flag in ("case", "impl", "seq_len"):

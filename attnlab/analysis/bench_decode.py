@@ -1,20 +1,16 @@
 """The decoding case of ``attnlab bench attention``: one query a row over a paged cache.
 
-The call is ``attnlab.ops.attention.decode`` on pages in random order; an installation without that
-op refuses the case, and the row says so.
+The pages stand in random order in their pool.
 """
 
 from __future__ import annotations
-
-import importlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attnlab.analysis.bench_cases import Decode
-from attnlab.core.errors import UnsupportedError
+from attnlab.ops.attention.decode import decode
 
 ROWS = 4  # rows of the batch that are compared with dense attention
 
@@ -53,15 +49,8 @@ def call(case: Decode, impl: str, data: dict[str, jax.Array]):
     """``(function, args)`` of one decoding step; results by name.
 
     Raises:
-        UnsupportedError: this installation has no such op.
+        ImplementationError: ``impl`` refuses the case, or has no decoding (a vendor's name).
     """
-    module = importlib.import_module("attnlab.ops.attention")
-    decode: Any = getattr(module, "decode", None)
-    decode = getattr(decode, "decode", decode)  # a module of that name, or the function itself
-    if not callable(decode):
-        raise UnsupportedError(
-            "attnlab.ops.attention.decode", "is not in this installation", "leave the case out"
-        )
 
     def step(q, k, v, pages, lengths):
         return {"o": decode(q, k, v, pages=pages, lengths=lengths, impl=impl)}

@@ -23,6 +23,9 @@ from attnlab.core.types import Layout, Seq
 
 MODES: tuple[Mode, ...] = ("train", "prefill", "decode")
 
+# Ops that do not stand in a folder of their name.
+PLACES = {"decode": "attention.decode"}
+
 # What a question about hardware that is not here is answered for.
 KINDS = {"cpu": "cpu", "gpu": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5 lite"}
 
@@ -87,7 +90,7 @@ def calls(
 
 def operator(name: str) -> Op:
     """The op called ``name``."""
-    return importlib.import_module(f"attnlab.ops.{name}").OP
+    return importlib.import_module(f"attnlab.ops.{PLACES.get(name, name)}").OP
 
 
 def explain(

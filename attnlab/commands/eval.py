@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
+from attnlab.analysis.printing import table
 from attnlab.commands.parsing import Args, Parser, run_argument, whole
-from attnlab.commands.printing import table
 from attnlab.core.errors import ConfigError
 
 

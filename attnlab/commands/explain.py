@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from attnlab.analysis.printing import table
 from attnlab.commands.parsing import Args, Parser, digits, whole
-from attnlab.commands.printing import table
 from attnlab.core.errors import ConfigError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from attnlab.analysis.printing import table
 from attnlab.commands.parsing import Args, Parser
-from attnlab.commands.printing import table
 
 
 def parser(p: Parser) -> None:

@@ -141,3 +141,23 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         fits = size % math.prod(mesh.shape[a] for a in names) == 0
         fitted.append(entry if fits else None)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fitted)))
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The mesh axes over which an array differs inside ``shard_map``."""
+    kind: Any = jax.typeof(x)
+    return kind.manual_axis_type.varying
+
+
+def vary(tree: Any) -> Any:
+    """Give all arrays the same varying axes inside shard_map, as scans and cond branches require.
+
+    The transpose of the cast is the sum over those axes that a replicated input's gradient needs.
+    """
+    axes = frozenset().union(*(varying(x) for x in jax.tree.leaves(tree)))
+
+    def cast(x):
+        missing = tuple(sorted(axes - varying(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)

@@ -107,12 +107,14 @@ class TokenCache:
         row = jnp.arange(batch)[:, None]
         values |= {"positions": seq.positions, "segments": segments_of(seq)}
         new: dict[str, Any] = {
-            name: getattr(self, name).at[row, slot].set(
-                value.astype(getattr(self, name).dtype), mode="drop", unique_indices=False
-            )
-            for name, value in values.items()
+            name: self._put(name, row, slot, value) for name, value in values.items()
         }
         return dataclasses.replace(self, length=total, **new)
+
+    def _put(self, name: str, row: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+        """Field ``name`` with ``value[B, T, ...]`` at ``slot[B, T]``; slots past the end drop."""
+        old = getattr(self, name)
+        return old.at[row, slot].set(value.astype(old.dtype), mode="drop", unique_indices=False)
 
     def check_batch(self, batch: int) -> None:
         """Raise ShapeError unless the cache has this many rows."""
@@ -172,6 +174,10 @@ class KVCache(TokenCache):
             k=jnp.zeros((batch, capacity, kv_heads, head), dtype),
             v=jnp.zeros((batch, capacity, kv_heads, value), dtype),
         )
+
+    def rows(self) -> tuple[jax.Array, jax.Array]:
+        """``k[B, S, K, H]`` and ``v[B, S, K, V]``."""
+        return self.k, self.v
 
 
 @jax.tree_util.register_dataclass

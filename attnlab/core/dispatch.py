@@ -58,13 +58,15 @@ class Implementation:
     Args:
         name: what ``impl=`` says. supports: given the static facts of a call, None for yes or the
             reason for no. forward: the function, differentiable. partitions: XLA can cut it over a
-            mesh by itself; where not (Pallas kernels), the op maps it over the shards.
+            mesh by itself; where not (Pallas kernels), the op maps it over the shards. step: the
+            form that goes on from a carried state, or None (see ``ops.attention.carry``).
     """
 
     name: str
     supports: Callable[[Any], str | None]
     forward: Callable[..., Any]
     partitions: bool = True
+    step: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +109,14 @@ class Op:
         self.implementations = {i.name: i for i in implementations}
         self.order = order
 
-    def choose(self, call: Any, impl: str | Sequence[str] | None = None) -> Implementation:
+    def choose(
+        self, call: Any, impl: str | Sequence[str] | None = None, *, step: bool = False
+    ) -> Implementation:
         """The implementation for ``call``.
 
         ``impl=None`` walks the platform's order and takes the first that serves the call; a name
         takes that one or raises ImplementationError with the reason; a sequence tries in order.
+        ``step``: it must be able to go on from a carried state.
         """
         if impl is None:
             names = self.order.get(call.device.platform, self.order["cpu"])
@@ -126,6 +131,8 @@ class Op:
                     f"use one of {', '.join(self.implementations)} or None",
                 )
             reason = self.implementations[name].supports(call)
+            if step and self.implementations[name].step is None:
+                reason = "it takes no carry"
             if reason is None:
                 rows = _record.get()
                 if rows is not None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from attnlab.core.errors import ConfigError, ShapeError
+from attnlab.core.errors import ConfigError, DtypeError, ShapeError
 from attnlab.core.mods import Mod
 
 STATIC = {"static": True}  # a field fixed at trace time
@@ -131,6 +131,28 @@ class Mask:
     def specs(self, batch: tuple[str, ...], heads: tuple[str, ...]) -> Mask:
         """This mask with the partition of every array in its place (mesh axes of rows, heads)."""
         return self
+
+
+class Wrapped(Mask):
+    """A mask that is its ``inner`` mask, with something known of it besides (``Planned``)."""
+
+    inner: Mask
+
+    def sees(self, pair):
+        return self.inner.sees(pair)
+
+    def visible(self, q, k):
+        return self.inner.visible(q, k)
+
+    def maybe(self, q, k):
+        return self.inner.maybe(q, k)
+
+    def surely(self, q, k):
+        return self.inner.surely(q, k)
+
+    def find(self, block_q: int, block_k: int, layout: str, transposed: bool) -> Any:
+        """What is known of its tiles of these sizes, or None."""
+        return None
 
 
 def _require(condition, what: str, rule: str, fix: str) -> None:
@@ -377,12 +399,19 @@ class Blocks(Mask):
         return (rows[..., None, :] == columns[:, None]).any(-1)
 
     def maybe(self, q, k):
+        if np.ndim(q.index_min) or np.ndim(k.index_min):
+            return True  # many tiles at once: looking all of them up costs R x C
         row = jnp.arange(self.lists.shape[2])[:, None]
         inside = (row >= q.index_min // self.block_q) & (row <= q.index_max // self.block_q)
         inside &= self.lists >= k.index_min // self.block_k
         return (inside & (self.lists <= k.index_max // self.block_k)).any()
 
     def check(self, B, N, T):
+        if not jnp.issubdtype(jnp.asarray(self.lists).dtype, jnp.integer):
+            raise DtypeError(
+                f"Blocks.lists has dtype {jnp.asarray(self.lists).dtype}",
+                "holds numbers of key blocks, so it is int32", "cast it",
+            )
         shape, rows = jnp.shape(self.lists), -(-T // self.block_q)
         fits = len(shape) == 4 and shape[0] in (1, B) and shape[1] in (1, N) and shape[2] == rows
         if not fits:
@@ -417,7 +446,7 @@ class MaskMod(Mask):
     def sees(self, pair):
         values = [getattr(pair, name) for name in self.mod.program.inputs]
         arguments = [0 if v is None else v for v in values]
-        return jax.core.eval_jaxpr(self.mod.program.jaxpr, (), *self.mod.captured, *arguments)[0]
+        return self.mod.of_pair(*arguments)
 
     def visible(self, q, k):
         return self.mod.on_grid(q, k)
@@ -431,6 +460,8 @@ class MaskMod(Mask):
 
 def conjuncts(mask: Mask) -> list[Mask]:
     """The masks that ``mask`` joins with ``&``, left to right."""
+    if isinstance(mask, Wrapped):
+        return conjuncts(mask.inner)
     if isinstance(mask, And):
         return conjuncts(mask.left) + conjuncts(mask.right)
     return [mask]
@@ -438,6 +469,8 @@ def conjuncts(mask: Mask) -> list[Mask]:
 
 def parts(mask: Mask) -> list[Mask]:
     """The masks that ``mask`` is composed of with ``&`` and ``|``."""
+    if isinstance(mask, Wrapped):
+        return parts(mask.inner)
     if isinstance(mask, And | Or):
         return parts(mask.left) + parts(mask.right)
     return [mask]

@@ -27,14 +27,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
-from attnlab.core.mods import Mod, Program
+from attnlab.core.mods import CALLS, Mod, Program
 
 GROUPS = ("heads", "rows", "columns", "distances", "dense")
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr",
-          "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "checkpoint": "jaxpr"}
 _ELEMENTWISE = frozenset(
     "add add_any sub mul div rem max min neg sign abs exp exp2 log log1p expm1 tanh sin cos tan "
     "sqrt rsqrt cbrt pow integer_pow square logistic erf erf_inv erfc floor ceil round atan2 and "
@@ -42,6 +41,7 @@ _ELEMENTWISE = frozenset(
     "clamp convert_element_type is_finite copy copy_p stop_gradient".split()
 )
 _SHAPES = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims"))
+_PLACES = ("_pos", "_index")
 _ATOMS = {"score": "s", "batch": "b", "head": "n", "q_pos": "q", "q_index": "q", "q_segment": "q",
           "k_pos": "k", "k_index": "k", "k_segment": "k"}
 
@@ -50,9 +50,9 @@ _ATOMS = {"score": "s", "batch": "b", "head": "n", "q_pos": "q", "q_index": "q",
 class _Step:
     """One primitive of the flattened program; operands are variable numbers or constants."""
 
-    primitive: Any
+    primitive: Any  # None: the float32 value of one coordinate, or the difference of two
     params: dict[str, Any]
-    operands: tuple[Any, ...]  # int: a variable; _Constant: a literal
+    operands: tuple[Any, ...]  # int: variable; _Constant: literal; str: a float coordinate
     results: tuple[int, ...]
 
 
@@ -77,6 +77,8 @@ class Body:
     Args:
         handed: the hoisted values in order. coordinates: coordinates it still reads. primitives:
             names of the primitives it needs. refusal: why a kernel cannot compute it, or None.
+        floats: coordinates it reads as float32; differences of two of them are taken after the
+            conversion, which is exact below 2**24 and spares a conversion a pair.
     """
 
     program: Program
@@ -87,6 +89,7 @@ class Body:
     coordinates: frozenset[str]
     primitives: frozenset[str]
     refusal: str | None
+    floats: frozenset[str] = frozenset()
 
     def __call__(
         self, values: dict[str, tuple[Any, str]], handed: list[tuple[Any, str]],
@@ -95,13 +98,14 @@ class Body:
         """The result on a tile.
 
         Args:
-            values: coordinate (and "score") to its value and rank; ranks are "scalar", "row"
-                (a vector beside the queries), "column", "tile".
+            values: coordinate (and "score", and coordinates of ``floats`` as "float q_pos") to its
+                value and rank; ranks are "scalar", "row" (a vector beside the queries), "column",
+                "tile".
             handed: value and rank of each entry of ``handed``.
             lift: ``lift(value, rank, to)``, the value broadcast to a higher rank.
         """
-        known: dict[int, tuple[Any, str]] = {
-            self.inputs[name]: value for name, value in values.items() if name in self.inputs
+        known: dict[Any, tuple[Any, str]] = {
+            self.inputs.get(name, name): value for name, value in values.items()
         }
         for entry, (value, rank) in zip(self.handed, handed, strict=True):
             known[entry.variable] = (value != 0 if entry.dtype == "bool" else value, rank)
@@ -112,14 +116,18 @@ class Body:
         for step in self.steps:
             given = [operand(x) for x in step.operands]
             rank = functools.reduce(_join, (r for _, r in given), "scalar")
-            if step.primitive.name in _SHAPES:
+            if step.primitive is not None and step.primitive.name in _SHAPES:
                 known[step.results[0]] = given[0]
                 continue
             arguments = [_as_array(v) if r == rank else lift(_as_array(v), r, rank)
                          for v, r in given]
             params = {k: v for k, v in step.params.items() if k != "sharding"}
-            if step.primitive.name == "convert_element_type":
+            if step.primitive is None:
+                out = arguments[0] - arguments[1] if len(arguments) > 1 else arguments[0]
+            elif step.primitive.name == "convert_element_type":
                 out = lax.convert_element_type(arguments[0], params["new_dtype"])
+            elif step.primitive.name == "div" and given[1][1] == "scalar" != rank and _real(given):
+                out = arguments[0] * lift(1 / _as_array(given[1][0]), "scalar", rank)
             elif step.primitive.name == "select_n":
                 out = jnp.where(arguments[0], arguments[2], arguments[1])
             else:
@@ -127,6 +135,10 @@ class Body:
             known[step.results[0]] = (out, rank)
         value, rank = operand(self.result)
         return value if rank == "tile" else lift(_as_array(value), rank, "tile")
+
+
+def _real(given) -> bool:
+    return all(jnp.issubdtype(_as_array(v).dtype, jnp.floating) for v, _ in given)
 
 
 def _as_array(value):
@@ -143,8 +155,7 @@ def _join(a: str, b: str) -> str:
 def split(program: Program, T: int, S: int) -> Body:
     """``program`` for ``T`` queries and ``S`` keys, split; ``Body.refusal`` says what cannot be."""
     steps, variables, result, sizes = _flatten(program)
-    n = len(program.inputs)
-    captured = dict(enumerate(program.jaxpr.invars[:-n]))
+    captured = dict(enumerate(program.jaxpr.constvars))
     inputs = {name: len(captured) + i for i, name in enumerate(program.inputs)}
     depends: dict[int, frozenset[str]] = {i: frozenset() for i in captured}
     depends |= {v: frozenset(_ATOMS[name]) for name, v in inputs.items()}
@@ -166,13 +177,32 @@ def split(program: Program, T: int, S: int) -> Body:
     kept: dict[int, _Step] = {}
     refusal: list[str] = []
     coordinates: set[str] = set()
+    floats: set[str] = set()
     names = {v: name for name, v in inputs.items()}
+
+    def as_floats(v) -> tuple[str, ...] | None:
+        """The coordinates whose float32 values (or their difference) ``v`` is."""
+        step = source.get(v)
+        if step is None or step.primitive.name != "convert_element_type":
+            return None
+        if step.params["new_dtype"] != jnp.float32 or isinstance(step.operands[0], _Constant):
+            return None
+        read = (step.operands[0],)
+        if read[0] in source and source[read[0]].primitive.name == "sub":
+            read = source[read[0]].operands
+        if all(not isinstance(x, _Constant) and names.get(x, "head")[1:] in _PLACES for x in read):
+            return tuple(names[x] for x in read)
+        return None
 
     def need(v) -> None:
         if isinstance(v, _Constant) or v in handed or v in kept:
             return
         if v in names and names[v] not in ("head", "batch"):
             coordinates.add(names[v])
+            return
+        if isinstance(floated := as_floats(v), tuple):
+            floats.update(floated)
+            kept[v] = _Step(None, {}, tuple(f"float {name}" for name in floated), (v,))
             return
         group = _group(depends[v], bool(looks_up.get(v)))
         if not depends[v] and not looks_up.get(v) and v in source:
@@ -202,10 +232,11 @@ def split(program: Program, T: int, S: int) -> Body:
             need(x)
 
     need(result)
-    order = [s for s in steps if s.results[0] in kept]
+    order = [kept[s.results[0]] for s in steps if s.results[0] in kept]
     return Body(
         program, tuple(order), inputs, result, tuple(handed.values()), frozenset(coordinates),
-        frozenset(s.primitive.name for s in order), refusal[0] if refusal else None,
+        frozenset(s.primitive.name for s in order if s.primitive is not None),
+        refusal[0] if refusal else None, frozenset(floats),
     )
 
 
@@ -223,14 +254,18 @@ def _group(atoms: frozenset[str], looks_up: bool) -> str | None:
     return "dense"
 
 
-def values(mod: Mod, body: Body, q: Any, k: Any) -> list[jax.Array]:
+def values(
+    mod: Mod, body: Body, q: Any, k: Any, distances: np.ndarray | None = None
+) -> list[jax.Array]:
     """The hoisted values of ``body`` for coordinates ``q`` and ``k`` (``mask.Coords``).
 
     Shapes as in the table above; float32 (differentiable in ``mod.captured``), or int32.
+    ``distances``: the distances to take values at, in place of all of them.
     """
     T, S = q.index.shape[0], k.index.shape[0]
     steps, _, _, _ = _flatten(mod.program)
-    span = jnp.arange(-(S - 1), T, dtype=jnp.int32)
+    span = np.arange(-(S - 1), T) if distances is None else distances
+    span = jnp.asarray(span, jnp.int32)
     zero = jnp.zeros((), jnp.int32)
     both = {"batch": (mod.batch, "b"), "head": (mod.heads, "n")}
     rows = {"q_pos": (q.positions, "bt"), "q_index": (q.index, "t"),
@@ -244,6 +279,76 @@ def values(mod: Mod, body: Body, q: Any, k: Any) -> list[jax.Array]:
     return [
         _hoist(mod, steps, body, entry, sources[entry.group]) for entry in body.handed
     ]
+
+
+def index_runs(body: Body, T: int, S: int) -> np.ndarray:
+    """Distances that look up the same entries have the same number: int ``[S - 1 + T]``, ascending.
+
+    The first is the distance ``-(S - 1)``. Where a value handed by distance depends on the distance
+    not only through the indices of its lookups, or where the indices depend on more than the
+    distance, every distance has its own number.
+    """
+    own = np.arange(S - 1 + T)
+    steps, _, _, _ = _flatten(body.program)
+    by_result = {r: s for s in steps for r in s.results}
+    inputs = {v: name for name, v in body.inputs.items()}
+    captured = set(range(len(body.program.jaxpr.constvars)))
+
+    def free_of(v, kinds) -> bool:  # no input for which kinds(name) holds is read on the way to v
+        if isinstance(v, _Constant) or v in captured:
+            return True
+        if v in inputs:
+            return not kinds(inputs[v])
+        return all(free_of(x, kinds) for x in by_result[v].operands)
+
+    indices: list[Any] = []
+
+    def collect(v) -> bool:  # the distance reaches v through lookups only
+        if isinstance(v, _Constant) or free_of(v, lambda name: name[0] in "qk"):
+            return True
+        step = by_result.get(v)
+        if step is None:
+            return False
+        if step.primitive.name in ("dynamic_slice", "gather"):
+            indices.extend(step.operands[1:])
+            return collect(step.operands[0])
+        return all(collect(x) for x in step.operands)
+
+    entries = [h.variable for h in body.handed if h.group == "distances"]
+    if not all(collect(v) for v in entries):
+        return own
+    indices = [v for v in dict.fromkeys(indices) if not isinstance(v, _Constant)]
+    indices = [v for v in indices if not free_of(v, lambda name: name[0] in "qk")]
+
+    def clean(v) -> bool:  # computed from the distance alone
+        if isinstance(v, _Constant):
+            return True
+        if v in captured or inputs.get(v, "q") in ("head", "batch", "score"):
+            return False
+        return v in inputs or all(clean(x) for x in by_result[v].operands)
+
+    if not all(clean(v) for v in indices):
+        return own
+    with jax.ensure_compile_time_eval():
+        span = jnp.arange(-(S - 1), T, dtype=jnp.int32)
+        env: dict[int, Any] = {}
+        for name, v in body.inputs.items():
+            env[v] = span if name in ("q_pos", "q_index") else jnp.zeros_like(span)
+
+        def value(v):
+            if isinstance(v, _Constant):
+                return jnp.asarray(v.value)
+            if v not in env:
+                step = by_result[v]
+                given = [value(x) for x in step.operands]
+                lanes = [jnp.broadcast_to(x, span.shape) for x in given]
+                one = functools.partial(step.primitive.bind, **step.params)
+                env[v] = jax.vmap(one)(*lanes)
+            return env[v]
+
+        table = np.stack([np.asarray(value(v)) for v in indices]) if indices else np.zeros((1, 1))
+    table = np.broadcast_to(table, (table.shape[0], own.shape[0]))
+    return np.cumsum(np.concatenate([[0], (table[:, 1:] != table[:, :-1]).any(0)]))
 
 
 _TAIL = {"heads": "", "rows": "t", "columns": "s", "distances": "d", "dense": "ts"}
@@ -291,27 +396,48 @@ def _hoist(mod: Mod, steps, body: Body, entry: Handed, given: dict) -> jax.Array
     return jnp.broadcast_to(out, (*out.shape[:2], *tail))
 
 
+def _key(eqn: Any, given: list[Any]) -> Any:
+    """Equal for steps that compute the same; None where that cannot be told."""
+    if len(eqn.outvars) != 1:
+        return None
+    read = tuple(
+        (x.value.dtype.name, repr(x.value.item())) if isinstance(x, _Constant) and x.value.ndim == 0
+        else x for x in given
+    )
+    try:
+        key = (eqn.primitive, tuple(sorted(eqn.params.items())), read)
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
 @functools.lru_cache(maxsize=256)
 def _flatten(program: Program):
-    """The program with all calls inlined: ``(steps, dtypes, result, shapes)``."""
+    """The program with all calls inlined: ``(steps, dtypes, result, shapes)``.
+
+    What is written twice (``slope[head]``, say) is computed, and handed to the kernel, once.
+    """
     steps: list[_Step] = []
+    known: dict[Any, int] = {}
     variables: dict[int, Any] = {}
     shapes: dict[int, tuple[int, ...]] = {}
 
-    def fresh(aval) -> int:
+    def fresh(aval: Any) -> int:
         variables[len(variables)] = aval.dtype
         shapes[len(shapes)] = aval.shape
         return len(variables) - 1
 
-    def walk(jaxpr, env):
+    def walk(jaxpr: Any, env):
         def read(x):
             if isinstance(x, jex.Literal):
-                return _Constant(x.val if x.aval.shape else x.aval.dtype.type(x.val))
+                aval: Any = x.aval
+                return _Constant(x.val if aval.shape else aval.dtype.type(x.val))
             return env[x]
 
         for eqn in jaxpr.eqns:
             given = [read(x) for x in eqn.invars]
-            inner = _CALLS.get(eqn.primitive.name)
+            inner = CALLS.get(eqn.primitive.name)
             if inner is not None:
                 closed = eqn.params[inner]
                 opened, consts = (
@@ -322,11 +448,17 @@ def _flatten(program: Program):
                 results = walk(opened, scope)
                 env |= dict(zip(eqn.outvars, results, strict=True))
                 continue
+            key = _key(eqn, given)
+            if key is not None and key in known:
+                env[eqn.outvars[0]] = known[key]
+                continue
             results = tuple(fresh(v.aval) for v in eqn.outvars)
+            if key is not None:
+                known[key] = results[0]
             env |= dict(zip(eqn.outvars, results, strict=True))
             steps.append(_Step(eqn.primitive, eqn.params, tuple(given), results))
         return [read(v) for v in jaxpr.outvars]
 
-    env = {v: fresh(v.aval) for v in program.jaxpr.invars}
+    env = {v: fresh(v.aval) for v in (*program.jaxpr.constvars, *program.jaxpr.invars)}
     result = walk(program.jaxpr, env)[0]
     return tuple(steps), variables, result, shapes

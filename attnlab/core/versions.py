@@ -9,7 +9,6 @@ import jax.experimental
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-
 JAX: tuple[int, ...] = tuple(int(n) for n in jax.__version__.split(".")[:3] if n.isdigit())
 
 

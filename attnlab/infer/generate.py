@@ -54,6 +54,7 @@ def generate(
     state: Any = None,
     impl: Any = None,
     cache_dtype: Any = None,
+    cache_policy: Any = None,
     prefill_chunk: int | None = None,
     capacity: int | None = None,
 ) -> Generated:
@@ -65,7 +66,8 @@ def generate(
         key: random key; may be None for greedy decoding. The same key gives the same tokens.
         stop_ids: a row ends before the first of these. impl: attention implementation.
         state: explicit state of the layers, as in ``Decoder.init_state``, where they have one.
-        cache_dtype: of the cache, default ``precision.cache``.
+        cache_dtype: of the cache, default ``precision.cache``. cache_policy: its form, such as
+            ``core.paging.Paged(page=64)``; None is the plain one.
         prefill_chunk: tokens a row in one prefill call, default all of the longest prompt.
         capacity: tokens a row the cache holds, default what this call needs; a fixed value lets
             calls with prompts of other lengths and equal chunks reuse the compiled programs.
@@ -102,7 +104,9 @@ def generate(
     dtype = None if cache_dtype is None else jnp.dtype(cache_dtype).name
     static = {"graphdef": graphdef, "context": _context()}
     tokens = _pad(rows, -(-longest // chunk) * chunk)
-    caches = _init(params, **static, batch=batch, capacity=capacity, dtype=dtype)
+    caches = _init(
+        params, **static, batch=batch, capacity=capacity, dtype=dtype, policy=cache_policy
+    )
     static["impl"] = impl if impl is None or isinstance(impl, str) else tuple(impl)
     last = np.zeros((batch, config.dim), jnp.dtype(config.precision.compute))
     for start in range(0, tokens.shape[1], chunk):
@@ -138,10 +142,13 @@ def score(
 # ``axes.sharding`` block; as a static argument it keeps programs of different meshes apart.
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "context", "batch", "capacity", "dtype"))
-def _init(params, *, graphdef, context, batch, capacity, dtype):
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "context", "batch", "capacity", "dtype", "policy")
+)
+def _init(params, *, graphdef, context, batch, capacity, dtype, policy=None):
     """Empty caches, placed by their logical axes."""
-    caches = versions.merge_module(graphdef, params).init_caches(batch, capacity, dtype)
+    model = versions.merge_module(graphdef, params)
+    caches = model.init_caches(batch, capacity, dtype, policy=policy)
 
     def place(cache):
         axes = getattr(type(cache), "AXES", {})

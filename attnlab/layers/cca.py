@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.core.axes import HEADS, KV_HEADS, WIDTH, normal, parameter, zeros
-from attnlab.core.cache import TokenCache, compact, refuse_truncate, segments_of, take_rows
+from attnlab.core.cache import KVCache, compact, refuse_truncate, segments_of, take_rows
 from attnlab.core.layer import Flops, Mode, refuse_policy
 from attnlab.core.linear import project
 from attnlab.core.norm import l2_norm
@@ -128,7 +128,7 @@ class CCAConfig(GQAConfig):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CCACache(TokenCache):
+class CCACache(KVCache):
     """Final keys and values, and the rows that the next chunk finds in front of it.
 
     Args:
@@ -137,17 +137,14 @@ class CCACache(TokenCache):
         past: int32 ``[B, max(h, 1)]``, the segments of these rows, 0 where no token was yet.
     """
 
-    k: jax.Array
-    v: jax.Array
     u_q: jax.Array
     u_k: jax.Array
     w: jax.Array
     past: jax.Array
 
-    TOKENS: ClassVar[tuple[str, ...]] = ("k", "v")
     AXES: ClassVar[dict[str, tuple[str | None, ...]]] = (
-        TokenCache.AXES
-        | {name: ("batch", None, "kv_heads", None) for name in ("k", "v", "u_k", "w")}
+        KVCache.AXES
+        | {name: ("batch", None, "kv_heads", None) for name in ("u_k", "w")}
         | {"u_q": ("batch", None, "heads", None), "past": ("batch", None)}
     )
 
@@ -271,7 +268,8 @@ class CCA(GQA):
         *rows, segments = self._rows(x, seq, self.init_cache(x.shape[0], 1))
         one = seq.segments is None or seq.layout == "full"
         q, k, v = self._mix(rows, None if one else segments, seq.positions)
-        return Out(undo(self._attend(q, k, v, seq.positions, seq.segments, seq.layout, impl)))
+        o = self._mix_values(q, k, v, seq.positions, seq.segments, seq.layout, impl)
+        return Out(undo(self._finish(x, seq, o)))
 
     def init_cache(self, batch, capacity, dtype=None, *, policy=None) -> CCACache:
         c = self.config
@@ -283,7 +281,7 @@ class CCA(GQA):
         index = CCACache.empty_index(batch, capacity)
         return CCACache(**index, **empty, past=jnp.zeros((batch, max(c.history, 1)), jnp.int32))
 
-    def prefill(self, x, seq, cache: CCACache, *, impl=None) -> Out:
+    def _cached(self, x, seq, cache: CCACache, impl, step) -> Out:
         self.check(x, seq, cache)
         x, seq, undo = compact(x, seq)
         rows, now = self._rows(x, seq, cache), segments_of(seq)
@@ -293,8 +291,5 @@ class CCA(GQA):
             old = getattr(cache, name)  # as many rows, that end at the last real token, replace it
             state[name] = take_rows(row, real + jnp.arange(old.shape[1])).astype(old.dtype)
         cache = dataclasses.replace(cache.write(seq, k=k, v=v), **state)
-        y = self._attend(
-            q, cache.k.astype(q.dtype), cache.v.astype(q.dtype),
-            (seq.positions, cache.positions), (now, cache.segments), "any", impl,
-        )
+        y = self._finish(x, seq, self._mix_cached(q, seq, cache, impl, step))
         return Out(undo(y), cache)

@@ -29,9 +29,11 @@ from attnlab.core.layer import Flops, Layer, LayerConfig, Mode, refuse_policy, v
 from attnlab.core.linear import project
 from attnlab.core.mask import Causal, Mask, SinkTokens, Window
 from attnlab.core.norm import rms_norm
+from attnlab.core.paging import Paged, PagedKVCache
 from attnlab.core.rope import Pairing, Rope
 from attnlab.core.types import Out, Seq
 from attnlab.ops.attention import attention
+from attnlab.ops.attention.decode import decode, decode_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,8 +210,27 @@ class GQA(Layer):
             softmax_dtype=c.precision.softmax, impl=impl,
         )
 
-    def _attend(self, q, k, v, positions, segments, layout, impl) -> jax.Array:
-        o = self._mix_values(q, k, v, positions, segments, layout, impl)
+    def _mix_cached(self, q, seq: Seq, cache, impl, step: bool) -> jax.Array:
+        """``_mix_values`` over a cache that holds the tokens of ``seq`` already.
+
+        A ``step`` is the decode op's, which reads positions and segments of the cache, whatever
+        documents a row holds; only an ``impl`` that this op does not have goes the general way.
+        """
+        names = decode_names(impl)
+        positions, segments = (seq.positions, cache.positions), (segments_of(seq), cache.segments)
+        if not step or names == ():
+            k, v = (x.astype(q.dtype) for x in cache.rows())
+            return self._mix_values(q, k, v, positions, segments, "any", impl)
+        c = self.config
+        return decode(
+            q, cache.k, cache.v, lengths=cache.length, pages=getattr(cache, "pages", None),
+            positions=positions, segments=segments, window=c.window, sink_tokens=c.sink_tokens,
+            sink_logits=self.sink_logits[...] if c.sink_logits else None, logit_cap=c.logit_cap,
+            scale=c.scale, softmax_dtype=c.precision.softmax, impl=names,
+        )
+
+    def _finish(self, x, seq: Seq, o: jax.Array) -> jax.Array:
+        """``y[B, T, D]`` from what the heads read."""
         o = constrain(o, *HEADS)
         return project(
             "btnv,nvd->btd", o, self.w_o[...], HEADS, WIDTH, self.config.precision.softmax
@@ -218,19 +239,28 @@ class GQA(Layer):
     def __call__(self, x, seq, *, impl=None, rng=None, state=None, shared=None) -> Out:
         self.check(x, seq)
         q, k, v = self._project(x, seq)
-        return Out(self._attend(q, k, v, seq.positions, seq.segments, seq.layout, impl))
+        o = self._mix_values(q, k, v, seq.positions, seq.segments, seq.layout, impl)
+        return Out(self._finish(x, seq, o))
 
-    def init_cache(self, batch, capacity, dtype=None, *, policy=None) -> KVCache:
+    def init_cache(self, batch, capacity, dtype=None, *, policy=None) -> KVCache | PagedKVCache:
+        """The plain cache, or with ``policy=Paged(page)`` a paged one."""
         c = self.config
+        args = (batch, capacity, c.K, c.H, c.V, dtype or c.precision.cache)
+        if isinstance(policy, Paged):
+            return PagedKVCache.empty(*args, policy)
         refuse_policy(c, policy)
-        return KVCache.empty(batch, capacity, c.K, c.H, c.V, dtype or c.precision.cache)
+        return KVCache.empty(*args)
 
-    def prefill(self, x, seq, cache: KVCache, *, impl=None) -> Out:
+    def _cached(self, x, seq, cache, impl, step: bool) -> Out:
+        """Write the tokens to the cache and read it."""
         self.check(x, seq)
         q, k, v = self._project(x, seq)
         cache = cache.write(seq, k=k, v=v)
-        y = self._attend(
-            q, cache.k.astype(q.dtype), cache.v.astype(q.dtype),
-            (seq.positions, cache.positions), (segments_of(seq), cache.segments), "any", impl,
-        )
-        return Out(y, cache)
+        return Out(self._finish(x, seq, self._mix_cached(q, seq, cache, impl, step)), cache)
+
+    def prefill(self, x, seq, cache, *, impl=None) -> Out:
+        return self._cached(x, seq, cache, impl, False)
+
+    def decode(self, x, seq, cache, *, impl=None) -> Out:
+        self.check_decode(x)
+        return self._cached(x, seq, cache, impl, True)

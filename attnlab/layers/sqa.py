@@ -37,11 +37,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.core.axes import KV_HEADS, WIDTH, constrain, normal, parameter, zeros
-from attnlab.core.cache import KVCache, segments_of
+from attnlab.core.cache import segments_of
 from attnlab.core.errors import ConfigError
 from attnlab.core.layer import Flops, Mode
 from attnlab.core.linear import project, widened
-from attnlab.core.types import Out
 from attnlab.layers.gqa import GQA, GQAConfig
 
 Member = Literal["sqa", "ssqa", "xsqa", "xsmqa", "lsqa", "rsqa"]
@@ -166,10 +165,9 @@ class SQA(GQA):
             q = constrain(copies.astype(q.dtype), *KV_HEADS)
         return q, k, v
 
-    def _finish(self, x, seq, q, k, v, positions, segments, layout, impl) -> jax.Array:
+    def _finish(self, x, seq, o) -> jax.Array:
         c, heads = self.config, ("batch", "time", self._axis, None)
         wide = c.precision.softmax
-        o = self._mix_values(q, k, v, positions, segments, layout, impl)
         if c.gate:
             g = project("btd,dmv->btmv", x.astype(o.dtype), self.w_g[...], WIDTH, heads, wide)
             o = jax.nn.sigmoid(g) * o
@@ -180,21 +178,6 @@ class SQA(GQA):
             b = jnp.where(real, self.b_o[...].astype(wide), 0)
             y = (y.astype(wide) + b).astype(o.dtype)
         return constrain(y, *WIDTH)
-
-    def __call__(self, x, seq, *, impl=None, rng=None, state=None, shared=None) -> Out:
-        self.check(x, seq)
-        q, k, v = self._project(x, seq)
-        return Out(self._finish(x, seq, q, k, v, seq.positions, seq.segments, seq.layout, impl))
-
-    def prefill(self, x, seq, cache: KVCache, *, impl=None) -> Out:
-        self.check(x, seq)
-        q, k, v = self._project(x, seq)
-        cache = cache.write(seq, k=k, v=v)
-        y = self._finish(
-            x, seq, q, cache.k.astype(q.dtype), cache.v.astype(q.dtype),
-            (seq.positions, cache.positions), (segments_of(seq), cache.segments), "any", impl,
-        )
-        return Out(y, cache)
 
 
 def _near_one(key, shape, dtype):

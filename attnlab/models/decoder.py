@@ -293,9 +293,9 @@ class Decoder(nnx.Module):
         )
         return z[..., : self.config.vocab_size]
 
-    def init_caches(self, batch: int, capacity: int, dtype=None) -> list:
-        """One stacked cache a place in the period."""
-        return self._each(lambda layer: layer.init_cache(batch, capacity, dtype))
+    def init_caches(self, batch: int, capacity: int, dtype=None, *, policy=None) -> list:
+        """One stacked cache a place in the period; ``policy`` as in the layers' ``init_cache``."""
+        return self._each(lambda layer: layer.init_cache(batch, capacity, dtype, policy=policy))
 
     def init_state(self) -> list:
         """One stacked state a place in the period, None for layers without one."""

@@ -1,4 +1,4 @@
-"""Vendor attention on a real GPU, forward and gradients, against the dense reference in fp32.
+"""Fused attention on a real GPU, forward and gradients, against the dense reference in fp32.
 
     pytest -n 0 tests/gpu
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab import Causal, Window, attention
+from attnlab import Blocks, Causal, SinkTokens, Window, attention
 from attnlab.core.dispatch import Device
 from attnlab.core.errors import ImplementationError
 
@@ -27,6 +27,15 @@ CASES = {
     "cap": dict(mask=Causal(), logit_cap=5.0),
     "packed": dict(mask=Causal(), packed=True),
     "packed window": dict(mask=Causal() & Window(100), packed=True),
+    "window, sink tokens": dict(mask=Causal() & (Window(100) | SinkTokens(4))),
+    "blocks": dict(blocks=True),
+    "slopes": dict(mask=Causal(), mod=lambda e: lambda s, n, q, k: s + e["slope"][n] * (k - q)),
+    "T5": dict(mask=Causal(), mod=lambda e: lambda s, n, q, k: s + e["table"][n, bucket(q - k)]),
+    "values": dict(
+        mask=Causal(), mod=lambda e: lambda s, n, q, k, *, batch, q_index, k_index: (
+            s * e["row"][batch, q_index] + e["column"][n, k_index]
+        ),
+    ),
 }
 SHAPES = {  # B, T, N, K, H, V
     "GQA 128": (2, 1024, 8, 2, 128, 128),
@@ -35,6 +44,13 @@ SHAPES = {  # B, T, N, K, H, V
     "MLA 192/128": (1, 512, 4, 4, 192, 128),
     "256": (1, 512, 2, 1, 256, 256),
 }
+
+
+def bucket(distance):
+    """The 32 one-sided buckets of T5."""
+    d = jnp.maximum(distance, 0)
+    far = 16 + (jnp.log(d.astype(jnp.float32) / 16) / jnp.log(8.0) * 16).astype(jnp.int32)
+    return jnp.where(d < 16, d, jnp.minimum(far, 31))
 
 
 def packed(B: int, T: int):
@@ -47,7 +63,7 @@ def packed(B: int, T: int):
     return jnp.tile(positions.astype(np.int32), (B, 1)), jnp.tile(segments.astype(np.int32), (B, 1))
 
 
-@pytest.mark.parametrize("impl", ["cudnn", "tokamax", "xla"])
+@pytest.mark.parametrize("impl", ["gpu", "cudnn", "tokamax", "xla"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_the_reference(impl, shape, case):
@@ -57,18 +73,31 @@ def test_agrees_with_the_reference(impl, shape, case):
         positions, segments = packed(B, T)
         options |= dict(positions=positions, segments=segments, layout="packed")
     keys = jax.random.split(jax.random.key(0), 4)
+    if options.pop("blocks", False):
+        tiles = -(-T // 128)
+        lists = jax.random.randint(jax.random.key(7), (B, N, tiles, 3), -1, tiles)
+        options["mask"] = Causal() & Blocks(lists, 128, 128)
+    make = options.pop("mod", None)
+    draws = jax.random.split(jax.random.key(3), 4)
+    extra = {
+        "slope": 0.1 * jax.random.normal(draws[0], (N,)),
+        "table": jax.random.normal(draws[1], (N, 32)),
+        "row": jax.random.normal(draws[2], (B, T)), "column": jax.random.normal(draws[3], (N, T)),
+    }
     sizes = ((N, H), (K, H), (K, V), (N, V))
     q, k, v, do = (jax.random.normal(key, (B, T, *s)) for key, s in zip(keys, sizes))
 
     def run(name, dtype):
         args = [a.astype(dtype) for a in (q, k, v)]
 
-        def loss(*args):
-            out = attention(*args, impl=name, **options)
+        def loss(q, k, v, extra):
+            mod = {} if make is None else {"score_mod": make(extra)}
+            out = attention(q, k, v, impl=name, **options, **mod)
             return (out.astype(jnp.float32) * do).sum(), out
 
-        (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*args)
-        return [np.asarray(a, np.float64) for a in (out, *grads)]
+        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+        (_, out), grads = step(*args, extra if make else {})
+        return [np.asarray(a, np.float64) for a in jax.tree.leaves((out, *grads))]
 
     try:
         fast = run(impl, jnp.bfloat16)
@@ -77,7 +106,8 @@ def test_agrees_with_the_reference(impl, shape, case):
     with jax.default_matmul_precision("highest"):
         exact = run("reference", jnp.float32)
     rough = run("reference", jnp.bfloat16)
-    for name, a, b, c in zip(("o", "dq", "dk", "dv"), fast, exact, rough, strict=True):
+    names = ("o", "dq", "dk", "dv", *(sorted(extra) if make else ()))
+    for name, a, b, c in zip(names, fast, exact, rough, strict=True):
         norm = np.linalg.norm(b) or np.sqrt(b.size)  # a window of 1 has no gradient in q and k
         error, allowed = np.linalg.norm(a - b) / norm, np.linalg.norm(c - b) / norm
         assert error <= 2 * allowed + 4e-3, f"{name}: {error:.2e}, reference {allowed:.2e}"

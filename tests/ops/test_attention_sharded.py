@@ -18,7 +18,9 @@ from jax.sharding import PartitionSpec as P
 from attnlab.core import axes
 from attnlab.core.mask import Blocks, Causal, Coords, Prefix, Segments, Window
 from attnlab.core.versions import make_mesh
-from attnlab.ops.attention import _over_shards, attention, reference, vendor, xla
+from attnlab.ops.attention import _over_shards, attention, decode_xla, reference, vendor, xla
+from attnlab.ops.attention import decode as decode_module
+from attnlab.ops.attention.decode import decode
 from attnlab.parallel.rules import RULES
 from attnlab.testing.budget import close_trees
 
@@ -73,6 +75,7 @@ def main() -> None:
     for heads in ((4, 2), (4, 1), (3, 3)):
         kernel_over_shards(*heads)
     masks_over_shards()
+    decode_over_shards()
 
 
 def kernel_over_shards(N: int, K: int) -> None:
@@ -132,6 +135,33 @@ def masks_over_shards() -> None:
             run = jax.jit(functools.partial(_over_shards, xla.forward, **call))
             found = run(q, k, v)
         close_trees(found, expected, name=f"{type(mask).__name__} over shards")
+
+
+def decode_over_shards() -> None:
+    """Decoding under GSPMD, and a kernel mapped over the shards; contiguous and paged caches."""
+    B, t, N, S, H, page = 4, 2, 4, 32, 8, 4
+    keys = jax.random.split(jax.random.key(4), 4)
+    q = jax.random.normal(keys[0], (B, t, N, H))
+    decode_xla.TILE = 8
+    for K, paged in ((2, False), (2, True), (1, True)):
+        shape = (B * S // page, page, K, H) if paged else (B, S, K, H)
+        k, v = (jax.random.normal(key, shape) for key in keys[1:3])
+        pages = jax.random.permutation(keys[3], B * S // page).reshape(B, -1) if paged else None
+        lengths = jnp.array([32, 0, 5, 17])
+        call = dict(window=9, sink_tokens=1, sink_logits=jnp.arange(N) / 4, return_lse=True)
+
+        def run(impl, lengths, pages, q, k, v, call=call):
+            return decode(q, k, v, lengths=lengths, pages=pages, impl=impl, **call)
+
+        expected = run("reference", lengths, pages, q, k, v)
+        kernel = decode_module.Implementation(
+            "mapped", lambda call: None, decode_xla.forward, partitions=False
+        )
+        decode_module.OP.implementations["mapped"] = kernel
+        with axes.sharding(make_mesh((2, 2), ("data", "tensor")), RULES):
+            for impl in ("xla", "mapped"):
+                found = jax.jit(functools.partial(run, impl))(lengths, pages, q, k, v)
+                close_trees(found, expected, name=f"{impl}, K = {K}, paged = {paged}")
 
 
 if __name__ == "__main__":

@@ -31,10 +31,14 @@ from attnlab.core import axes
 from attnlab.core.dispatch import Device, Implementation, Op
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError
 from attnlab.core.linear import widened
-from attnlab.core.mask import Causal, Coords, Mask, MaskMod, Segments, SinkTokens, parts
+from attnlab.core.mask import Coords, Mask
 from attnlab.core.mods import Mod, Program
-from attnlab.core.types import LAYOUTS, Layout
+from attnlab.core.types import Layout
 from attnlab.ops.attention import gpu, reference, tpu, vendor, xla
+from attnlab.ops.attention.inputs import composed, coordinates
+from attnlab.ops.attention.planned import Planned, plan
+
+__all__ = ["OP", "Call", "Planned", "attention", "plan"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +81,8 @@ OP = Op(
     "attention",
     [
         Implementation("reference", _always, reference.forward),
-        Implementation("xla", _always, xla.forward),
-        gpu.IMPLEMENTATION,
+        Implementation("xla", _always, xla.forward, step=xla.step),
+        *gpu.IMPLEMENTATIONS,
         tpu.IMPLEMENTATION,
         *vendor.IMPLEMENTATIONS,
     ],
@@ -104,7 +108,7 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
     v: Float[Array, "B S K V"],
     *,
     mask: Mask | Callable[..., Any] | None = None,
-    score_mod: Callable[..., Any] | None = None,
+    score_mod: Callable[..., Any] | Mod | None = None,
     scale: float | None = None,
     positions: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
     segments: Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
@@ -121,10 +125,13 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
     Args:
         mask: a composed mask, or a function ``mask_mod(head, q_pos, k_pos) -> bool``; default
             ``Causal()``. Where segments are given, tokens see each other only inside one segment
-            and segment 0 sees nothing, whatever the mask says.
+            and segment 0 sees nothing, whatever the mask says. ``plan(mask, ...)`` turns it once
+            into block lists that all calls of a step share.
         score_mod: ``score_mod(score, head, q_pos, k_pos) -> score``, traced on scalars; it may
             close over arrays (slopes, relative tables, biases), which get their gradients. See
-            ``core.mods`` for what else it may read.
+            ``core.mods`` for what else it may read. Inside ``shard_map`` give the numbers of the
+            rows and heads at hand: ``Mod.of(f, score_dtype="float32").at(batch=..., heads=...)``,
+            and ``MaskMod(Mod.of(f).at(...))`` for a mask.
         scale: multiplies the logits; default ``H**-0.5``.
         positions, segments: int32 ``[B, T]`` for both sides (then S = T), or a pair
             ``([B, T], [B, S])``. No positions means ``0..T-1`` on both sides.
@@ -144,49 +151,33 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
         ShapeError, DtypeError, ConfigError: on bad arguments.
         ImplementationError: ``impl`` refuses the call.
     """
-    B, T, N, H, S, K, V = _shapes(q, k, v)
-    if mask is None:
-        mask = Causal()
-    elif not isinstance(mask, Mask):
-        mask = MaskMod.of(mask)
-    if sink_tokens:
-        mask = mask | SinkTokens(sink_tokens)
-    full = positions is None
-    if full and T != S:
+    call, given = arguments(
+        q, k, v, mask=mask, score_mod=score_mod, scale=scale, positions=positions,
+        segments=segments, layout=layout, sink_tokens=sink_tokens, sink_logits=sink_logits,
+        logit_cap=logit_cap, return_lse=return_lse, softmax_dtype=softmax_dtype,
+    )
+    if call.S == 0 or call.B == 0 or call.T == 0:
         raise ShapeError(
-            f"positions = None with T = {T} and S = {S}",
-            "queries and keys must be the same row of tokens",
-            "pass positions=(query positions, key positions)",
+            f"B = {call.B}, T = {call.T}, S = {call.S}", "there is nothing to attend to",
+            "leave the call out",
         )
-    if full:
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        layout = "full" if segments is None and layout == "any" else layout
-    q_pos, k_pos = _pair("positions", positions, (B, T), (B, S))
-    q_seg, k_seg = (None, None) if segments is None else _pair("segments", segments, (B, T), (B, S))
-    if segments is not None:
-        mask = mask & Segments()
-    elif any(isinstance(part, Segments) for part in parts(mask)):
-        raise ConfigError(
-            "segments = None", "the mask holds Segments()", "pass segments= or leave the mask out"
-        )
-    if layout not in LAYOUTS:
-        raise ConfigError(f"layout = {layout!r}", "unknown", f"use one of {', '.join(LAYOUTS)}")
-    if layout == "packed" and (full or segments is None):
-        raise ConfigError(
-            f"layout = 'packed' with {'positions' if full else 'segments'} = None",
-            "promises documents end to end, whose positions restart at 0",
-            "pass the positions and segments of the packed row",
-        )
-    if layout == "full" and segments is not None:
-        raise ConfigError(
-            "layout = 'full' with segments", "promises one document a row and no padding",
-            "use layout='packed' or layout='any'",
-        )
-    if layout != "any" and isinstance(positions, tuple):
-        raise ConfigError(
-            f"layout = {layout!r}", "promises that queries and keys are the same row",
-            "pass one positions array, or layout='any'",
-        )
+    chosen = OP.choose(call, impl)
+    forward = chosen.forward
+    if not chosen.partitions:
+        forward = functools.partial(_over_shards, forward)
+    out, lse = forward(q, k, v, **given)
+    return (out, lse) if return_lse else out
+
+
+def arguments(
+    q, k, v, *, mask, score_mod, scale, positions, segments, layout, sink_tokens, sink_logits,
+    logit_cap, return_lse, softmax_dtype,
+) -> tuple[Call, dict[str, Any]]:
+    """The facts of a call and the keywords of implementations; raises as ``attention`` does."""
+    B, T, N, H, S, K, V = _shapes(q, k, v)
+    planned = mask if isinstance(mask, Planned) else None
+    mask = composed(mask, sink_tokens, segments is not None)
+    q_coords, k_coords, layout = coordinates(positions, segments, layout, B, T, S)
     if sink_logits is not None and sink_logits.shape != (N,):
         raise ShapeError(
             f"sink_logits has shape {tuple(sink_logits.shape)}", f"must be [N] = ({N},)",
@@ -201,25 +192,23 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
             f"softmax_dtype = {softmax_dtype}", "logits and sums are never below float32",
             'use "float32"',
         )
+    if planned is not None:
+        planned.check_call(T, S, layout)
     mask.check(B, N, T)
     mask = mask.bound(B, N)
     softmax_dtype = jnp.dtype(softmax_dtype).name
     score = None
     if score_mod is not None:
-        score = Mod.of(score_mod, score_dtype=softmax_dtype).bound(B, N)
+        score = _score(score_mod, softmax_dtype).bound(B, N)
+        score.check_segments(segments is not None)
     call = Call(
         B, T, S, N, K, H, V, q.dtype.name, mask, layout, segments is not None,
         sink_logits is not None, logit_cap, return_lse, Device.default(), softmax_dtype,
         None if score is None else score.program,
     )
-    chosen = OP.choose(call, impl)
-    forward = chosen.forward
-    if not chosen.partitions:
-        forward = functools.partial(_over_shards, forward)
-    out, lse = forward(
-        q, k, v,
-        q_coords=Coords(q_pos, q_seg, jnp.arange(T, dtype=jnp.int32)),
-        k_coords=Coords(k_pos, k_seg, jnp.arange(S, dtype=jnp.int32)),
+    given = dict(
+        q_coords=q_coords,
+        k_coords=k_coords,
         sink_logits=sink_logits,
         mask=mask,
         score=score,
@@ -229,7 +218,26 @@ def attention(  # pyright: ignore[reportInconsistentOverload] - the overloads fo
         softmax_dtype=jnp.dtype(softmax_dtype),
         layout=layout,
     )
-    return (out, lse) if return_lse else out
+    return call, given
+
+
+def _score(score_mod: Callable[..., Any] | Mod, softmax_dtype: str) -> Mod:
+    if not isinstance(score_mod, Mod):
+        if not callable(score_mod):
+            raise ConfigError(
+                f"score_mod is a {type(score_mod).__name__}", "must be a function of a pair",
+                "lambda score, head, q_pos, k_pos: score + bias[head, q_pos - k_pos]",
+            )
+        return Mod.of(score_mod, score_dtype=softmax_dtype)
+    program = score_mod.program
+    traced = dict(zip(program.inputs, program.jaxpr.invars)).get("score")
+    if traced is None or traced.aval.dtype != softmax_dtype:
+        raise ConfigError(
+            f"score_mod = Mod {program.name}, traced for "
+            f"{'a mask' if traced is None else traced.aval.dtype}",
+            f"the scores are {softmax_dtype}", f"Mod.of(f, score_dtype={softmax_dtype!r})",
+        )
+    return score_mod
 
 
 def _over_shards(forward, q, k, v, *, mask, score, q_coords, k_coords, sink_logits, **static):
@@ -295,16 +303,3 @@ def _shapes(q, k, v) -> tuple[int, int, int, int, int, int, int]:
             "query head n uses key/value head n // (N/K)",
         )
     return B, T, N, H, S, K, v.shape[3]
-
-
-def _pair(name, value, q_shape, k_shape):
-    q, k = value if isinstance(value, tuple) else (value, value)
-    for side, array, shape in (("query", q, q_shape), ("key", k, k_shape)):
-        if array.shape != shape:
-            raise ShapeError(
-                f"{side} {name} has shape {tuple(array.shape)}", f"must be {shape}",
-                f"one entry of {name} a {side} token",
-            )
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise DtypeError(f"{side} {name} has dtype {array.dtype}", "must be int32", "cast it")
-    return q, k

@@ -17,10 +17,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnlab.core.errors import ConfigError
 from attnlab.core.mask import (
     Blocks,
     Bounds,
@@ -31,12 +33,14 @@ from attnlab.core.mask import (
     MaskMod,
     Segments,
     Window,
+    Wrapped,
     conjuncts,
     parts,
 )
 
 NONE, PARTIAL, FULL = 0, 1, 2
-MOST_RUNS = 16
+MOST_RUNS = 16  # stored for a row of tiles at least, where there are so many tiles
+ROOM = 2**20  # runs stored for all rows of tiles, if that is more
 
 
 @jax.tree_util.register_dataclass
@@ -101,13 +105,25 @@ def block_lists(
     """The lists of ``mask`` (bound to its rows and heads) for tiles of block_q x block_k tokens.
 
     With ``layout="full"`` and a mask without traced arrays they are NumPy arrays; else they are
-    computed on the device. ``Blocks`` masks must have blocks that the tiles divide.
+    computed on the device. A ``Planned`` mask that holds the lists of these tiles gives those.
+
+    Raises ConfigError for a ``Blocks`` mask (under ``&``) whose blocks the tiles do not divide.
     """
+    if isinstance(mask, Wrapped):
+        found = mask.find(block_q, block_k, layout, transposed)
+        if found is not None:
+            return found
     listed = [part for part in conjuncts(mask) if isinstance(part, Blocks)]
     rest: Mask = Full()
     for part in conjuncts(mask):
-        if part not in listed[:1]:
+        if not listed or part is not listed[0]:
             rest = part if isinstance(rest, Full) else rest & part
+    if listed and (listed[0].block_q % block_q or listed[0].block_k % block_k):
+        raise ConfigError(
+            f"Blocks of {listed[0].block_q} x {listed[0].block_k} tokens",
+            f"must be multiples of the tiles of {block_q} x {block_k}",
+            "use blocks that the tiles divide, or smaller tiles",
+        )
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask))
     host = layout == "full" and not traced and not listed
     with jax.ensure_compile_time_eval() if host else contextlib.nullcontext():
@@ -131,7 +147,7 @@ class _Rule:
     coords: tuple[Coords, Coords]
     tiles: tuple[int, int]
     blocks: tuple[int, int]
-    exact: bool  # the mask holds a MaskMod: tiles are classified pair by pair
+    exact: bool  # the mask holds a MaskMod or Blocks: tiles are classified pair by pair
 
     @staticmethod
     def of(mask, q: Coords, k: Coords, block_q: int, block_k: int, layout: str, host: bool):
@@ -145,10 +161,14 @@ class _Rule:
                 side = dataclasses.replace(side, index=place)  # type: ignore[arg-type]
             sides.append(side)
         by_place = layout == "packed" and not _reads_positions(mask)
-        bounds = [_tile_bounds(s, b, by_place) for s, b in zip(sides, (block_q, block_k))]
+        q_bounds, k_bounds = (
+            _tile_bounds(s, b, by_place) for s, b in zip(sides, (block_q, block_k))
+        )
         tiles = (-(-sides[0].index.shape[0] // block_q), -(-sides[1].index.shape[0] // block_k))
-        exact = any(isinstance(part, MaskMod) for part in parts(mask))
-        return _Rule(mask, *bounds, (sides[0], sides[1]), tiles, (block_q, block_k), exact)
+        exact = any(isinstance(part, MaskMod | Blocks) for part in parts(mask))
+        return _Rule(
+            mask, q_bounds, k_bounds, (sides[0], sides[1]), tiles, (block_q, block_k), exact
+        )
 
     @property
     def length(self) -> tuple[int, int]:
@@ -173,9 +193,8 @@ class _Rule:
         others = jnp.arange(self.tiles[0 if transposed else 1])
         here = jnp.reshape(index, (1,))
         row, column = (others, here) if transposed else (here, others)
-        kinds = self.kinds(row, column, jnp)[:, None]
         if not self.exact:
-            return kinds
+            return self.kinds(row, column, jnp)[:, None]
         q, k = self.coords
         side, other = (k, q) if transposed else (q, k)
         size, each = self.blocks[::-1] if transposed else self.blocks
@@ -219,17 +238,17 @@ def _tile_bounds(side: Coords, block: int, by_place: bool) -> Bounds:
     B = max(positions.shape[0], 1 if segments is None else segments.shape[0])
     low, high = xp.min, xp.max
     size = (B, -(-positions.shape[-1] // block))
-    wide = [xp.broadcast_to(cut(positions, f), size) for f in (low, high)]
+    first, last = (xp.broadcast_to(cut(positions, f), size) for f in (low, high))
     seg = (None, None) if segments is None else (cut(segments, low), cut(segments, high))
     index = [cut(side.index[None], f) for f in (low, high)]
-    index = [xp.broadcast_to(x, wide[0].shape) for x in index]
-    return Bounds(*wide, *seg, *index)
+    index = [xp.broadcast_to(x, size) for x in index]
+    return Bounds(first, last, seg[0], seg[1], index[0], index[1])
 
 
 def _on_host(rule: _Rule, transposed: bool) -> tuple[Runs, Runs]:
     rows, columns = rule.tiles[::-1] if transposed else rule.tiles
     others = np.arange(columns)
-    lines: dict[int, list[list[tuple[int, int]]]] = {FULL: [], PARTIAL: []}
+    lines: dict[int, list[list[list[tuple[int, int]]]]] = {FULL: [], PARTIAL: []}
     for i in range(rows):
         if rule.exact:
             kinds = np.asarray(rule.line(i, transposed))
@@ -267,7 +286,7 @@ def _packed(lines, lead) -> Runs:
 
 def _on_device(rule: _Rule, transposed: bool) -> tuple[Runs, Runs]:
     rows, columns = rule.tiles[::-1] if transposed else rule.tiles
-    most = min(columns, max(MOST_RUNS, 2**20 // rows))
+    most = min(columns, max(MOST_RUNS, ROOM // rows))
 
     def line(i):
         kinds = _bounded(rule.line(i, transposed), most)

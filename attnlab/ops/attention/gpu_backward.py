@@ -1,7 +1,7 @@
 """Backward kernels for Hopper: one over tiles of queries for dq, one over tiles of keys for dk, dv.
 
-Each recomputes its logits, so nothing is added across blocks and the result is the same bit for bit
-in every run. With ``z = mod(scale q k)``, ``p = exp(z - lse)`` and ``delta = rowsum(o do) - dlse``::
+Each recomputes its logits, so nothing is added across blocks and results are the same bit for bit
+in every run. With ``z = mod(scale q k)``, ``p = exp(z - lse)``, ``delta = rowsum(o do) - dlse``::
 
     dz = p * (do v^T - delta)      ds = pull(dz), the vjp of mod on the tile
     dq = scale ds k                dv = p^T do                dk = scale ds^T q
@@ -10,6 +10,10 @@ Gradients of what mod was handed are sums of ``pull(dz)`` over a tile: of scalar
 the keys (dq kernel), of columns along the queries (dk, dv kernel, whose tiles are transposed).
 FLOPs of a pair: ``2 (2 H + V) + 2 (2 H + 2 V)`` against ``2 (3 H + 2 V)`` without recomputation.
 """
+
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
 
 from __future__ import annotations
 
@@ -27,16 +31,21 @@ from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, total,
 from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Plan, Tile
 
 COLUMN = LAYOUT.reduce(0)
+ROW_GROUPS = ("heads", "rows", "distances")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a backward kernel; see ``gpu_forward.Config``."""
+    """Sizes of a backward kernel; see ``gpu_forward.Config``.
+
+    turns: whether the two warpgroups take turns on the tensor cores or run as they come.
+    """
 
     block_q: int
     block_k: int
     stages: int
     registers: int = 232
+    turns: bool = True
 
 
 def asked(plan: Plan, groups: tuple[str, ...]) -> tuple[int, ...]:
@@ -48,7 +57,31 @@ def asked(plan: Plan, groups: tuple[str, ...]) -> tuple[int, ...]:
     )
 
 
-def _pull(tile: Tile, s, wanted: tuple[int, ...]):
+def row_sums(plan: Plan) -> tuple[int, ...]:
+    """How many sums over the keys each of ``asked(plan, ROW_GROUPS)`` takes."""
+    return tuple(
+        plan.diagonals.numbers.size if plan.score.handed[i].group == "distances" else 1
+        for i in asked(plan, ROW_GROUPS)
+    )
+
+
+def add_row_sums(tile: Tile, sums, rest) -> list[Any]:
+    """Row sums with those of this tile; a value by distance has one for each number."""
+    plan, sums, out = tile.plan, list(sums), []
+    wanted = asked(plan, ROW_GROUPS)
+    for i, count, x in zip(wanted, row_sums(plan), rest, strict=True):
+        group, sums = sums[:count], sums[count:]
+        if plan.score.handed[i].group != "distances":
+            out.append(group[0] + x.sum(axis=1))
+        elif tile.number is None:
+            out += group  # a stored tile: see gpu_distance.grad_tiles
+        else:
+            x = x.sum(axis=1)
+            out += [g + x * jnp.where(tile.number == j, 1.0, 0.0) for j, g in enumerate(group)]
+    return out
+
+
+def pull_scores(tile: Tile, s, wanted: tuple[int, ...]):
     """Modified scores of raw logits ``s`` and the function from ``dz`` to the cotangents of
     ``scale * s`` and of each wanted handed value, as tiles."""
     plan = tile.plan
@@ -57,7 +90,7 @@ def _pull(tile: Tile, s, wanted: tuple[int, ...]):
     if body is None:
         return s, lambda dz: (dz,)
     handed = [tile.operand(f"score{i}", h.group) for i, h in enumerate(body.handed)]
-    known = tile._known(body)
+    known = tile.known(body)
 
     def modified(s, *tiles):
         given = list(handed)
@@ -110,18 +143,20 @@ def grad_q(
     plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, order, operands, *,
     interpret: Any = None,
 ):
-    """``dq[B, T, N, H]`` and, for each score of ``asked(plan, ("heads", "rows"))``, fp32 sums over
-    the keys ``[B, N, T']``. lse (base 2) and delta: float32 ``[B, N, T']``."""
-    B, T, N, H = q.shape
+    """``dq[B, T, N, H]`` and, as many as ``row_sums(plan)`` counts, fp32 sums over the keys
+    ``[B, N, T']`` of the cotangents of ``asked(plan, ROW_GROUPS)``. lse (base 2) and delta:
+    float32 ``[B, N, T']``."""
+    B, _, N, H = q.shape
     K, V = v.shape[2:]
     G, rows, dtype = N // K, lists.rows, q.dtype
     block_k, stages = config.block_k, config.stages
     names = [name for name, _ in plan.names]
-    wanted = asked(plan, ("heads", "rows"))
+    wanted = asked(plan, ROW_GROUPS)
+    totals = row_sums(plan)
     leaves, tree = jax.tree.flatten(lists)
     inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
-    outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums for _ in wanted]]
+    outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * sum(totals)]
 
     def kernel(*refs):
         (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
@@ -139,8 +174,9 @@ def grad_q(
             tiles = total(full, b, n, row) + total(partial, b, n, row)
 
             def swap_turns():
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
+                if config.turns:
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
 
             @pl.when(wg < COMPUTE)
             def _compute():
@@ -152,7 +188,7 @@ def grad_q(
                 plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[wg], q_bar.at[wg])
                 vector = (b, n, pl.ds(q0, WIDTH))
                 lse, delta = (
-                    plgpu.load(x.at[vector], (), layout=ROW, optimized=False)
+                    plgpu.load(x.at[vector], layout=ROW, optimized=False)
                     for x in (lse_ref, delta_ref)
                 )
                 plgpu.barrier_wait(q_bar.at[wg])
@@ -173,18 +209,21 @@ def grad_q(
                     acc = plgpu.ACC(shape, jnp.float32)
                     s, dp = pl.run_scoped(scope, acc, acc)
                     tile = Tile(plan, operand_refs, b, n, q0, j * block_k, shape)
-                    z, pull = _pull(tile, s, wanted)
-                    z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (0,))
-                    if masked:
-                        z = jnp.where(tile.seen(), z, -jnp.inf)
-                    dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
-                    ds, *rest = pull(dz)
-                    sums = tuple(a + x.sum(axis=1) for a, x in zip(sums, rest, strict=True))
-                    narrow = ds.astype(dtype)
+
+                    def local(tile, s, dp, *sums):
+                        z, pull = pull_scores(tile, s, wanted)
+                        z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (0,))
+                        if masked:
+                            z = jnp.where(tile.seen(), z, -jnp.inf)
+                        dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
+                        ds, *rest = pull(dz)
+                        return ds.astype(dtype), *add_row_sums(tile, sums, rest)
+
+                    narrow, *sums = tile.by_kind(local, s, dp, *sums)
+                    sums = tuple(sums)
                     if interpret is None:
                         dq, sums, narrow = lax.optimization_barrier((dq, sums, narrow))
-                    plgpu.barrier_arrive(turn)
-                    plgpu.barrier_wait(turn)
+                    swap_turns()
                     (dq,) = _add_products((dq,), (narrow,), (k_smem.at[slot],), staging, wg)
                     plgpu.barrier_arrive(free.at[slot])
                     after = lax.rem(it + 1, stages)
@@ -192,8 +231,8 @@ def grad_q(
                     return dq, sums, it + 1
 
                 carry = (
-                    _zeros((WIDTH, H), LAYOUT), tuple(_zeros((WIDTH,), ROW) for _ in wanted),
-                    jnp.int32(0),
+                    _zeros((WIDTH, H), LAYOUT),
+                    tuple(_zeros((WIDTH,), ROW) for _ in range(sum(totals))), jnp.int32(0),
                 )
                 carry = visit(full, b, n, row, lambda j, c: step(j, c, False), carry)
                 dq, sums, _ = visit(partial, b, n, row, lambda j, c: step(j, c, True), carry)
@@ -244,7 +283,7 @@ def grad_kv(
     """``dk[B, S, K, H]``, ``dv[B, S, K, V]`` and, for each score of ``asked(plan, ("columns",))``,
     fp32 sums over the queries ``[B, N, S']``. ``lists`` are transposed."""
     B, _, N, H = q.shape
-    S, K, V = v.shape[1:]
+    K, V = v.shape[2:]
     G, rows, dtype = N // K, lists.rows, q.dtype
     block_q, stages = config.block_q, config.stages
     names = [name for name, _ in plan.names]
@@ -279,8 +318,9 @@ def grad_kv(
             tiles = lax.fori_loop(0, G, count, jnp.int32(0))
 
             def swap_turns():
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
+                if config.turns:
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
 
             @pl.when(wg < COMPUTE)
             def _compute():
@@ -308,22 +348,26 @@ def grad_kv(
                     acc = plgpu.ACC(shape, jnp.float32)
                     s, dp = pl.run_scoped(scope, acc, acc)
                     lse, delta = (
-                        plgpu.load(x.at[slot], (), layout=COLUMN, optimized=False)
+                        plgpu.load(x.at[slot], layout=COLUMN, optimized=False)
                         for x in (lse_smem, delta_smem)
                     )
                     tile = Tile(plan, operand_refs, b, n, i * block_q, k0, shape, q_axis=1)
-                    z, pull = _pull(tile, s, wanted)
-                    z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (1,))
-                    if masked:
-                        z = jnp.where(tile.seen(), z, -jnp.inf)
-                    p = jnp.exp2(z)
-                    ds, *rest = pull(p * (dp - lax.broadcast_in_dim(delta, shape, (1,))))
-                    sums = tuple(a + x.sum(axis=1) for a, x in zip(sums, rest, strict=True))
-                    left = p.astype(dtype), ds.astype(dtype)
+
+                    def local(tile, s, dp, *sums):
+                        z, pull = pull_scores(tile, s, wanted)
+                        z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (1,))
+                        if masked:
+                            z = jnp.where(tile.seen(), z, -jnp.inf)
+                        p = jnp.exp2(z)
+                        ds, *rest = pull(p * (dp - lax.broadcast_in_dim(delta, shape, (1,))))
+                        sums = [a + x.sum(axis=1) for a, x in zip(sums, rest, strict=True)]
+                        return p.astype(dtype), ds.astype(dtype), *sums
+
+                    *left, = tile.by_kind(local, s, dp, *sums)
+                    left, sums = tuple(left[:2]), tuple(left[2:])
                     if interpret is None:
                         dk, dv, sums, left = lax.optimization_barrier((dk, dv, sums, left))
-                    plgpu.barrier_arrive(turn)
-                    plgpu.barrier_wait(turn)
+                    swap_turns()
                     right = (do_smem.at[slot], q_smem.at[slot])
                     dv, dk = _add_products((dv, dk), left, right, staging, wg)
                     plgpu.barrier_arrive(free.at[slot])

@@ -10,9 +10,14 @@ FLOPs of a tile: ``4 block_q block_k H`` (H = V) on the tensor cores, ``block_q 
 exponentials; bytes from device memory: q, o once, k and v once a row of tiles, mostly from L2.
 """
 
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -231,8 +236,9 @@ def forward(
                 drain(v_free, it, stages)
 
         # o takes the place of q, warpgroup by warpgroup: both must take the same room in it.
-        wide = max(H, V)
-        q_space, o_space = (tiled(dtype, COMPUTE, WIDTH * wide // w, w) for w in (H, V))
+        unit = math.lcm(8 * H, 8 * V)
+        room = -(-WIDTH * max(H, V) // unit) * unit
+        q_space, o_space = (tiled(dtype, COMPUTE, room // w, w) for w in (H, V))
         staged_p = tiled(dtype, COMPUTE, WIDTH, block_k) if interpret is not None else None
         pl.run_scoped(
             scoped,

@@ -5,27 +5,33 @@ Vectors beside it (rows of queries, columns of keys) come in the layouts that th
 an axis is reduced, so that broadcasting them moves nothing between threads.
 """
 
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attnlab.core.mask import Blocks, Coords, Mask, Pair, conjuncts
+from attnlab.core.mask import Coords
 from attnlab.core.mods import Mod
-from attnlab.core.staging import Body, split, values
+from attnlab.core.staging import Body, split
 
 LAYOUT = plgpu.Layout.WGMMA
 LOG2E = math.log2(math.e)
 NEVER = -1e30  # below every score; finite, so that differences of two of them are not NaN
 WIDTH = 64  # queries of a warpgroup
-COORDINATE_GROUPS = {"q_pos": "rows", "q_segment": "rows", "k_pos": "columns", "k_segment": "columns"}
+COORDINATE_GROUPS = {
+    "q_pos": "rows", "q_segment": "rows", "k_pos": "columns", "k_segment": "columns",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +42,7 @@ class Plan:
         T, S: tokens. block_q, block_k: tokens of a tile. layout: see ``Seq``. score, mask: what is
             computed inside (None: nothing). scale: of the logits.
         loaded: coordinates that come as operands; the others follow from the place in the array.
+        diagonals: of values by distance, see ``gpu_distance``; None without any.
     """
 
     T: int
@@ -47,30 +54,20 @@ class Plan:
     score: Body | None
     mask: Body | None
     loaded: tuple[str, ...]
+    diagonals: Any = None
 
     @property
     def names(self) -> tuple[tuple[str, str], ...]:
         """``(name, group)`` of all operands, in order."""
         out = []
         for kind, body in (("score", self.score), ("mask", self.mask)):
-            if body is not None:
-                out += [(f"{kind}{i}", h.group) for i, h in enumerate(body.handed)]
+            for i, h in enumerate(body.handed if body is not None else ()):
+                both = h.group == "distances"
+                ends = (" numbers", " tiles") if both else ("",)
+                out += [(f"{kind}{i}{end}", h.group) for end in ends]
+            if kind == "score" and self.diagonals is not None:
+                out.append(("diagonals", "distances"))
         return (*out, *((name, COORDINATE_GROUPS[name]) for name in self.loaded))
-
-
-def pair_mod(mask: Mask, S: int | None) -> Mod:
-    """The mask without its block lists as a function of a pair; ``S``: hide keys from there on."""
-    rest = [part for part in conjuncts(mask) if not isinstance(part, Blocks)]
-
-    def sees(head, q_pos, k_pos, *, batch, q_index, k_index, q_segment, k_segment):
-        pair = Pair(batch, head, q_pos, k_pos, q_index, k_index, q_segment, k_segment)
-        seen = None if S is None else k_index < S
-        for part in rest:
-            one = part.sees(pair)
-            seen = one if seen is None else seen & one
-        return jnp.ones((), bool) if seen is None else seen
-
-    return Mod.of(sees)
 
 
 def padded(x: jax.Array, size: int) -> jax.Array:
@@ -93,17 +90,19 @@ def coordinates(plan: Plan, q: Coords, k: Coords) -> list[jax.Array]:
 
 def handed_operands(plan: Plan, which: str, given: list[jax.Array]) -> list[jax.Array]:
     """Hoisted values in the shape the kernels read, padded to whole tiles."""
+    from attnlab.ops.attention import gpu_distance
+
     body = plan.score if which == "score" else plan.mask
-    out = []
+    out: list[jax.Array] = []
     for entry, x in zip(body.handed if body else (), given, strict=True):
-        if entry.group == "rows":
-            x = padded(x, plan.block_q)
-        elif entry.group == "columns":
-            x = padded(x, plan.block_k)
-        elif entry.group == "dense":
-            x = padded(jnp.swapaxes(padded(jnp.swapaxes(x, -1, -2), plan.block_q), -1, -2),
-                       plan.block_k)
-        out.append(x)
+        if entry.group == "distances":
+            out += gpu_distance.operands(plan.diagonals, x, plan.S)
+        elif entry.group == "heads":
+            out.append(x)
+        else:
+            out.append(padded(x, plan.block_q if entry.group == "rows" else plan.block_k))
+    if which == "score" and plan.diagonals is not None:
+        out.append(jnp.asarray(plan.diagonals.kinds))
     return out
 
 
@@ -124,24 +123,35 @@ class Tile:
     k0: Any
     shape: tuple[int, int]
     q_axis: int = 0
+    stored: Any = None  # the slot of its stored tile of values by distance, where it has one
+    number: Any = None  # else which number they are
 
     def vector(self, name: str, group: str) -> Any:
         """The entries of a vector operand beside this tile."""
         axis = self.q_axis if group == "rows" else 1 - self.q_axis
         start = self.q0 if group == "rows" else self.k0
         ref = self.refs[name]
-        at = (*_lead(ref, self.b, self.n), pl_ds(start, self.shape[axis]))
-        return plgpu.load(ref.at[at], (), layout=LAYOUT.reduce(1 - axis), optimized=False)
+        at = (*_lead(ref, self.b, self.n), pl.ds(start, self.shape[axis]))
+        return plgpu.load(ref.at[at], layout=LAYOUT.reduce(1 - axis), optimized=False)
 
     def operand(self, name: str, group: str) -> tuple[Any, str]:
         """Value and rank of an operand."""
         if group == "heads":
             ref = self.refs[name]
             return ref[_lead(ref, self.b, self.n)], "scalar"
+        if group == "distances" and self.stored is not None:
+            ref = self.refs[f"{name} tiles"]
+            at = (*_lead(ref, self.b, self.n), self.stored)
+            return plgpu.load(ref.at[at], layout=LAYOUT, optimized=False), "tile"
+        if group == "distances":
+            ref = self.refs[f"{name} numbers"]
+            return ref[(*_lead(ref, self.b, self.n), self.number)], "scalar"
         return self.vector(name, group), "row" if group == "rows" else "column"
 
     def lift(self, x: Any, rank: str, to: str) -> Any:
         """Broadcast; see ``Body``."""
+        if rank == to:
+            return x
         if rank == "scalar":
             if to == "tile":
                 return plgpu.layout_cast(lax.broadcast(x, self.shape), LAYOUT)
@@ -158,23 +168,61 @@ class Tile:
         place = plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=LAYOUT)
         return place + (self.q0 if query else self.k0), "tile"
 
-    def _known(self, body: Body) -> dict[str, tuple[Any, str]]:
-        return {name: self.coordinate(name) for name in body.coordinates - {"score"}}
+    def real(self, name: str) -> tuple[Any, str]:
+        """A coordinate as float32, along its own axis only: a conversion costs four additions."""
+        if name in self.plan.loaded:
+            x, rank = self.coordinate(name)
+            return x.astype(jnp.float32), rank
+        query = name.startswith("q")
+        axis = self.q_axis if query else 1 - self.q_axis
+        place = plgpu.broadcasted_iota(
+            jnp.int32, (self.shape[axis],), 0, layout=LAYOUT.reduce(1 - axis)
+        )
+        place = place + (self.q0 if query else self.k0)
+        return _as_float(place), "row" if query else "column"
+
+    def known(self, body: Body) -> dict[str, tuple[Any, str]]:
+        """The coordinates that ``body`` reads."""
+        found = {name: self.coordinate(name) for name in body.coordinates - {"score"}}
+        return found | {f"float {name}": self.real(name) for name in body.floats}
 
     def seen(self) -> Any:
         """The mask on this tile."""
         body = self.plan.mask
         handed = [self.operand(f"mask{i}", h.group) for i, h in enumerate(body.handed)]
-        return body(self._known(body), handed, self.lift)
+        return body(self.known(body), handed, self.lift)
+
+    def by_kind(self, function: Any, *arrays: Any) -> Any:
+        """``function(tile, *arrays)``, told where this tile finds its values by distance."""
+        d = self.plan.diagonals
+        if d is None or self.stored is not None:
+            return function(self, *arrays)
+        offset = self.q0 - self.k0 - d.first * WIDTH
+        kind = self.refs["diagonals"][lax.div(offset, WIDTH)]
+        return lax.cond(
+            kind < 0,
+            lambda *a: function(dataclasses.replace(self, number=-1 - kind), *a),
+            lambda *a: function(dataclasses.replace(self, stored=kind), *a),
+            *arrays,
+        )
 
     def scores(self, s: Any) -> Any:
         """Modified scores of raw logits ``q k``, natural units."""
+        return self.by_kind(Tile._scores, s)
+
+    def _scores(self, s: Any) -> Any:
         s = s * self.plan.scale
         body = self.plan.score
         if body is None:
             return s
         handed = [self.operand(f"score{i}", h.group) for i, h in enumerate(body.handed)]
-        return body(self._known(body) | {"score": (s, "tile")}, handed, self.lift)
+        return body(self.known(body) | {"score": (s, "tile")}, handed, self.lift)
+
+
+def _as_float(x):
+    """float32 of integers below 2**22: two cheap instructions instead of a conversion."""
+    magic = 0x4B400000  # the bits of 1.5 * 2**23: adding x to them adds x to the number
+    return lax.bitcast_convert_type(x + magic, jnp.float32) - float(3 * 2**22)
 
 
 def _lead(ref, b, n):
@@ -182,43 +230,21 @@ def _lead(ref, b, n):
     return (b if ref.shape[0] > 1 else 0, n if ref.shape[1] > 1 else 0)
 
 
-def pl_ds(start, size):
-    from jax.experimental import pallas as pl
-
-    return pl.ds(start, size)
-
-
 def make_plan(
     *, T: int, S: int, block_q: int, block_k: int, layout: str, scale: float, score: Mod | None,
-    mask: Mod,
+    mask: Mod, transposed: bool = False,
 ) -> Plan:
     """Split score and mask, and note which coordinates must be loaded."""
+    from attnlab.ops.attention.gpu_distance import diagonals
+
     bodies = [None if m is None else split(m.program, T, S) for m in (score, mask)]
-    used = frozenset().union(*(b.coordinates for b in bodies if b is not None))
+    used = frozenset().union(*(b.coordinates | b.floats for b in bodies if b is not None))
     places = set() if layout != "full" else {"q_pos", "k_pos"}
     loaded = tuple(n for n in COORDINATE_GROUPS if n in used and n not in places)
-    return Plan(T, S, block_q, block_k, layout, float(scale), bodies[0], bodies[1], loaded)
-
-
-def capped(score: Mod | None, cap: float | None) -> Mod | None:
-    """The logit cap, then ``score``, as one function."""
-    if cap is None:
-        return score
-    if score is None:
-        return Mod.of(lambda s, head, q_pos, k_pos: cap * jnp.tanh(s / cap),
-                      score_dtype="float32")
-    inner = score.program
-
-    def both(s, head, q_pos, k_pos, *, batch, q_index, k_index, q_segment, k_segment):
-        known = dict(score=cap * jnp.tanh(s / cap), head=head, q_pos=q_pos, k_pos=k_pos,
-                     batch=batch, q_index=q_index, k_index=k_index, q_segment=q_segment,
-                     k_segment=k_segment)
-        given = [known[name] for name in inner.inputs]
-        return jax.core.eval_jaxpr(inner.jaxpr, (), *score.captured, *given)[0]
-
-    out = Mod.of(both, score_dtype="float32")
-    return dataclasses.replace(out, batch=score.batch, heads=score.heads)
-
-
-__all__ = ["LAYOUT", "LOG2E", "NEVER", "Plan", "Tile", "capped", "coordinates", "functools",
-           "handed_operands", "make_plan", "pair_mod", "padded", "values"]
+    found = None
+    if bodies[0] is not None and any(h.group == "distances" for h in bodies[0].handed):
+        columns, q_axis = (block_q, 1) if transposed else (block_k, 0)
+        found = diagonals(bodies[0], T, S, columns, q_axis)
+    return Plan(
+        T, S, block_q, block_k, layout, float(scale), bodies[0], bodies[1], loaded, found
+    )

@@ -20,7 +20,7 @@ def forward(
         z = logit_cap * jnp.tanh(z / logit_cap)
     z = z.reshape(B, N, T, -1)
     if score is not None:
-        z = score.on_grid(q_coords, k_coords, z)
+        z = jnp.broadcast_to(score.on_grid(q_coords, k_coords, z), z.shape)
     z = jnp.where(mask.visible(q_coords, k_coords), z, -jnp.inf)
     top = z.max(-1, keepdims=True)
     if sink_logits is not None:

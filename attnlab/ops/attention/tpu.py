@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from attnlab.core.dispatch import Device, Implementation
 from attnlab.core.mask import Blocks, MaskMod, conjuncts, parts
 from attnlab.core.staging import split, values
+from attnlab.ops.attention.pairs import capped
 
 DTYPES = ("bfloat16", "float32")
 CHIPS = ("TPU v4", "TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e", "TPU7x")
@@ -72,14 +73,15 @@ def forward(
     ``interpret``: False, True (plain emulation) or ``pltpu.InterpretParams``.
     """
     from attnlab.ops.attention import tpu_attend
-    from attnlab.ops.attention.tpu_tiles import capped
 
     B, T, N, _ = q.shape
     S, K = k.shape[1:3]
     score = capped(score, logit_cap)
     score = None if score is None else score.bound(B, N)
-    body = None if score is None else split(score.program, T, S)
-    handed = [] if score is None else values(score, body, q_coords, k_coords)
+    body, handed = None, []
+    if score is not None:
+        body = split(score.program, T, S)
+        handed = values(score, body, q_coords, k_coords)
     numbers = (None, None) if score is None else (score.batch, score.heads)
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)[None]
     G = N // K
@@ -93,7 +95,8 @@ def forward(
     if sink is not None:
         sink = problem.folded("heads", sink)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    o, lse = tpu_attend.attend(
+    o, lse = tpu_attend.attend(  # type: ignore[misc] - a custom_vjp has no result type
+
         problem, problem.rows_of(q), k, v, sink, handed,
         (mask, q_coords, k_coords, *numbers),
     )

@@ -1,12 +1,16 @@
 """Attention by the TPU kernels as one differentiable function.
 
 A *problem* is a call as the kernels see it. Where there are few query tokens, the G query heads of
-a key/value head are folded into rows, ``(token, head)`` in this order: then rows fill the tile, N is
-K, and what was handed over a head is handed over a row.
+a key/value head are folded into rows, ``(token, head)`` in this order: then rows fill the tile, N
+is K, and what was handed over a head is handed over a row.
 
 The score's handed values and the sinks are arguments of the custom derivative; that of captured
 arrays follows from theirs in plain JAX.
 """
+
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ from attnlab.core.mods import Program
 from attnlab.core.staging import Body, split, values
 from attnlab.ops.attention import tpu_blocks
 from attnlab.ops.attention.blocks import block_lists
+from attnlab.ops.attention.pairs import pair_mod
 from attnlab.ops.attention.tpu_backward import backward
 from attnlab.ops.attention.tpu_forward import forward
 from attnlab.ops.attention.tpu_scores import LOG2E
@@ -36,7 +41,6 @@ from attnlab.ops.attention.tpu_tiles import (
     make_plan,
     operands,
     padded,
-    pair_mod,
     strip,
 )
 
@@ -217,7 +221,7 @@ def _forward(problem: Problem, *given):
     arguments = jax.tree.map(lambda x: x.value, given, is_leaf=is_leaf)
     _, _, _, sink, handed, _ = given
     asked = _Asked(sink is not None and sink.perturbed, tuple(x.perturbed for x in handed))
-    o, lse = attend(problem, *arguments)
+    o, lse = attend(problem, *arguments)  # type: ignore[misc]
     o, lse = checkpoint_name(o, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (o, lse), (asked, arguments, o, lse)
 

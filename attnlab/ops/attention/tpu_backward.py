@@ -14,6 +14,10 @@ cotangents of its handed values are summed as vectors, in float32, in the order 
 Arrays: as forward; ``do[B, N, T, V]``; ``lse`` (in base 2) and ``delta`` are ``[B, N, 1, T]``.
 """
 
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
 from __future__ import annotations
 
 import functools
@@ -119,7 +123,7 @@ def _call(
     plan, q, k, v, do, lse, delta, steps, arrays, leads, vmem, interpret, each, dq_dtype, table,
     flush, length, base, dense,
 ):
-    B, N, T, H = q.shape
+    B, N, _, H = q.shape
     K, V, G = k.shape[1], v.shape[-1], N // k.shape[1]
     bq, bk = plan.block_q, plan.block_k
     shared = steps.heads == 1

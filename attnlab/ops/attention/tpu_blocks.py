@@ -1,5 +1,9 @@
 """Block sizes of the TPU kernels, and how much of a core's memory they may use."""
 
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
 from __future__ import annotations
 
 from attnlab.core.mask import Blocks, Mask, conjuncts

@@ -14,6 +14,10 @@ Arrays: ``q[B, N, T, H]``, ``k[B, K, S, H]``, ``v[B, K, S, V]``, lengths in whol
 Sources: Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135.
 """
 
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -75,7 +79,7 @@ def _lse_width(plan: Plan) -> int | None:
 
 
 def _call(plan, q, k, v, steps, arrays, leads, out, vmem, interpret, table, length, done):
-    B, N, T, H = q.shape
+    B, N, _, H = q.shape
     K, V, G = k.shape[1], v.shape[-1], N // k.shape[1]
 
     def entry(b, k, g, s, table):

@@ -1,5 +1,9 @@
 """One tile of scores inside a TPU kernel: the modified scores, their derivative, and the mask."""
 
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -107,7 +111,11 @@ class Tile:
         return jnp.broadcast_to(x, shape)
 
     def _known(self, body: Body) -> dict[str, tuple[Any, str]]:
-        return {name: self.coordinate(name) for name in body.coordinates - {"score"}}
+        found = {name: self.coordinate(name) for name in body.coordinates - {"score"}}
+        for name in body.floats:
+            x, rank = self.coordinate(name)
+            found[f"float {name}"] = x.astype(jnp.float32), rank
+        return found
 
     def _handed(self, what: str, body: Body) -> list[tuple[Any, str]]:
         groups = dict(self.plan.names)

@@ -20,6 +20,10 @@ Tables live in scalar memory (1 MiB). Larger ones are cut: the forward by rows, 
 columns, and the kernel runs once for every part.
 """
 
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -47,8 +51,8 @@ class Steps:
     Args:
         table: int32 ``[parts, leads * width]``, packed entries; a lead is a row of the batch and a
             head that has lists of its own. flush: the same shape, the column whose sums are
-            written next, counted from
-            the part's first (backward), or None. length: int32 ``[parts]``, steps that the grid takes.
+            written next, counted from the part's first (backward), or None. length: int32
+            ``[parts]``, steps that the grid takes.
         batch, heads: numbers of leads. width: entries of a lead.
     """
 

@@ -6,9 +6,13 @@ broadcasts without moving data between lanes: along the rows ``[n, 128]`` with e
 along the lanes ``[1, n]`` ("wide").
 
 A value that depends on ``q - k`` only makes a Toeplitz tile, ``tile[r, c] = g[o + c - r]``. The
-kernel is handed the strip ``u[a, x] = g[x - a]`` of 8 rows; sixteen of its rotations are 128 rows of
-the tile, and every block of 128 rows is a slice of those.
+kernel is handed the strip ``u[a, x] = g[x - a]`` of 8 rows; sixteen of its rotations are 128 rows
+of the tile, and every block of 128 rows is a slice of those.
 """
+
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
 
 from __future__ import annotations
 
@@ -22,8 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from attnlab.core.mask import Blocks, Coords, Mask, Pair, conjuncts
-from attnlab.core.mods import Mod
+from attnlab.core.mask import Coords
 from attnlab.core.staging import Body
 
 LANES = 128
@@ -98,7 +101,8 @@ def make_plan(
     grads: tuple[int, ...] = (), sink: str | None = None,
 ) -> Plan:
     """A plan; ``free``: coordinates that follow from the place of a token."""
-    used = frozenset().union(*(b.coordinates for b in (score, mask) if b is not None))
+    bodies = [b for b in (score, mask) if b is not None]
+    used = frozenset().union(*(b.coordinates | b.floats for b in bodies))
     loaded = tuple(n for n in SIDES if n in used and n not in free)
     names = [(f"score{i}", group) for i, group in enumerate(groups[0])]
     names += [(f"mask{i}", group) for i, group in enumerate(groups[1])]
@@ -107,43 +111,6 @@ def make_plan(
     return Plan(
         T, S, block_q, block_k, q_axis, float(scale), score, mask, loaded, grads, tuple(names)
     )
-
-
-def pair_mod(mask: Mask, S: int | None) -> Mod:
-    """The mask without its block lists as a function of a pair; ``S``: hide keys from there on."""
-    rest = [part for part in conjuncts(mask) if not isinstance(part, Blocks)]
-
-    def sees(head, q_pos, k_pos, *, batch, q_index, k_index, q_segment, k_segment):
-        pair = Pair(batch, head, q_pos, k_pos, q_index, k_index, q_segment, k_segment)
-        seen = None if S is None else k_index < S
-        for part in rest:
-            one = part.sees(pair)
-            seen = one if seen is None else seen & one
-        return jnp.ones((), bool) if seen is None else seen
-
-    return Mod.of(sees)
-
-
-def capped(score: Mod | None, cap: float | None) -> Mod | None:
-    """The logit cap, then ``score``, as one function."""
-    if cap is None:
-        return score
-
-    def bounded(s):
-        return cap * jnp.tanh(s * (1.0 / cap))
-
-    if score is None:
-        return Mod.of(lambda s, head, q_pos, k_pos: bounded(s), score_dtype="float32")
-    inner = score.program
-
-    def both(s, head, q_pos, k_pos, *, batch, q_index, k_index, q_segment, k_segment):
-        known = dict(score=bounded(s), head=head, q_pos=q_pos, k_pos=k_pos, batch=batch,
-                     q_index=q_index, k_index=k_index, q_segment=q_segment, k_segment=k_segment)
-        given = [known[name] for name in inner.inputs]
-        return jax.core.eval_jaxpr(inner.jaxpr, (), *score.captured, *given)[0]
-
-    out = Mod.of(both, score_dtype="float32")
-    return dataclasses.replace(out, batch=score.batch, heads=score.heads)
 
 
 def padded(x: jax.Array, size: int, axis: int = -1, mode: str = "edge") -> jax.Array:

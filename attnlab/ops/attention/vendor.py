@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from attnlab.core.dispatch import Implementation
 from attnlab.core.mask import plain
+from attnlab.ops.attention import tuning
 
 HALF = ("bfloat16", "float16")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
@@ -167,13 +168,10 @@ def splash(
     left, right = None if window is None else window - 1, 0 if causal else None
     everything = left is right is None
     sight = masks.FullMask((T, T)) if everything else masks.LocalMask((T, T), (left, right), 0)
-    block = next(size for size in (512, 256, 128) if T % size == 0)
+    keys = (tuning.Key.of("splash", direction, q, k, v, mask) for direction in tuning.DIRECTIONS)
+    blocks: Any = {n: size for key in keys for n, size in tuning.choose(key).blocks.items()}
     kernel = lib.make_splash_mha(
-        mask=masks.MultiHeadMask([sight] * N),
-        block_sizes=lib.BlockSizes(
-            block_q=block, block_kv=block,
-            block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block,
-        ),
+        mask=masks.MultiHeadMask([sight] * N), block_sizes=lib.BlockSizes(**blocks),
         attn_logits_soft_cap=logit_cap, head_shards=1, q_seq_shards=1,
         residual_checkpoint_name="attention_out", interpret=interpret,
     )
@@ -182,6 +180,61 @@ def splash(
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     o: Any = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (scaled, k, v)), ids)
     return _no_padding(o.swapaxes(1, 2), segments), None
+
+
+SPLASH_BLOCKS = {
+    "forward": ("block_q", "block_kv", "block_kv_compute"),
+    "backward": (
+        "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq",
+    ),
+}
+
+
+def _splash_default(key: tuning.Key) -> tuning.Blocks:
+    """Square tiles of 512, or the largest size below it that divides T."""
+    block = next((size for size in (512, 256) if key.T % size == 0), 128)
+    return dict.fromkeys(SPLASH_BLOCKS[key.direction], block)
+
+
+def _splash_candidates(key: tuning.Key) -> list[tuning.Blocks]:
+    """Rows of 512 to 2048 queries against 512 to 2048 keys, computed 512 or 1024 at a time.
+
+    Backward up to 1024: larger tiles spill and take minutes to compile.
+    """
+    rows = tuning.fitting((512, 1024, 2048)[: 3 if key.direction == "forward" else 2], key.T)
+    columns = [
+        (kv, compute) for kv in rows for compute in (512, 1024) if kv % compute == 0
+    ]
+    found = [_splash_default(key)]
+    for q in rows:
+        for kv, compute in columns:
+            sizes = (q, kv, compute) if key.direction == "forward" else (q, kv, compute, q, kv)
+            found.append(dict(zip(SPLASH_BLOCKS[key.direction], sizes)))
+    return [blocks for i, blocks in enumerate(found) if blocks not in found[:i]]
+
+
+def _splash_block_refuses(key: tuning.Key, blocks: tuning.Blocks) -> str | None:
+    def limits():
+        for name in SPLASH_BLOCKS[key.direction]:
+            size = blocks.get(name, 0)
+            yield size < 128 or size % 128 > 0, f"{name} = {size} is not a multiple of 128"
+            if not name.endswith("compute"):
+                yield key.T % max(size, 1) > 0, f"{name} = {size} does not divide T = {key.T}"
+                continue
+            whole = blocks.get(name.removesuffix("_compute"), 0)
+            yield whole % max(size, 1) > 0, f"{name} = {size} does not divide a block of {whole}"
+
+    return _first(limits())
+
+
+def _splash_tile(role: str, blocks: tuning.Blocks) -> tuning.Tile:
+    suffix = "" if role == "forward" else f"_{role}"
+    return tuning.Tile(blocks[f"block_q{suffix}"], blocks[f"block_kv{suffix}"])
+
+
+tuning.register("splash", tuning.Space(
+    _splash_default, _splash_candidates, _splash_block_refuses, _splash_tile
+))
 
 
 def _no_padding(o, segments):

@@ -1,16 +1,17 @@
 """Chunked attention in plain JAX: memory linear in T and S, on every platform.
 
-Forward, for one tile of queries over all tiles of keys (online softmax)::
-
-    m = max_s z[s]    l = sum_s exp(z[s] - m)    a = sum_s exp(z[s] - m) v[s]        of one tile
-    (m, l, a) + (m', l', a') = (M, l exp(m - M) + l' exp(m' - M), likewise a)        M = max(m, m')
-    o = a / l         lse = m + log l
+Forward: the states of the tiles of keys are merged for one tile of queries (``core.softmax``).
 
 Backward recomputes ``p = exp(z - lse)`` tile by tile from the saved q, k, v, o and lse::
 
     delta = rowsum(o * do) - dlse
     dv = p^T do       dz = p * (do v^T - delta)       dq = scale dz k       dk = scale dz^T q
     dsink = -sum_rows exp(sink - lse) delta
+
+With a score_mod ``z = mod(y, c)`` of the scaled and capped logits y and captured arrays c, dz goes
+back through it first, and ``dc`` is summed over the tiles in the softmax's dtype::
+
+    dy = dz dmod/dy       dc = sum_tiles dz dmod/dc
 
 Inside, arrays are ``q[B, K, G, T, H]``, ``k[B, K, S, H]``, ``v[B, K, S, V]`` and
 ``lse[B, K, G, T, 1]``: tokens are always the last axis but one.
@@ -32,7 +33,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from attnlab.core.axes import vary
 from attnlab.core.mask import Coords, Mask
+from attnlab.core.mods import Mod
+from attnlab.core.softmax import finish_state, finite, merge_states
 
 TILE = 512
 TILE_BYTES = 64 * 2**20
@@ -47,14 +51,44 @@ def forward(
     ``jax.checkpoint`` policies see o as "attention_out" and lse as "attention_lse". Second
     derivatives are right, but their memory is that of the dense reference.
     """
+    o, lse = _run(  # type: ignore[misc] - a custom_vjp has no result type
+        q, k, v, sink_logits, (mask, score, q_coords, k_coords), scale, logit_cap, softmax_dtype,
+        v.dtype,
+    )
+    return o.astype(v.dtype), lse
+
+
+def step(
+    carry, q, k, v, *, mask, score, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse,
+    softmax_dtype, layout,
+):
+    """The state ``(o, m, l)`` of ``carry`` and these keys; see ``carry.attention_step``."""
+    o, lse = _run(  # type: ignore[misc] - a custom_vjp has no result type
+        q, k, v, None, (mask, score, q_coords, k_coords), scale, logit_cap, softmax_dtype,
+        softmax_dtype,
+    )
+    lse = lse[..., None]
+    state = (lse, (lse > -jnp.inf).astype(o.dtype), o)
+    if carry is not None:
+        o, m, l = carry
+        state = merge_states((m[..., None], l[..., None], o), state)
+    return state[2], state[0][..., 0], state[1][..., 0]
+
+
+def _run(q, k, v, sink_logits, fixed, scale, logit_cap, softmax_dtype, out) -> tuple[Any, Any]:
+    """``(o, lse)``, o rounded to ``out`` or the wider dtype of the computation."""
     narrow = jnp.promote_types(q.dtype, softmax_dtype) == softmax_dtype
     dtype = q.dtype if narrow else softmax_dtype
     B, T, N, _ = q.shape
     tiles = tile_sizes(B, N, T, k.shape[1])
-    spec = _Spec(float(scale), logit_cap, jnp.dtype(softmax_dtype), *tiles)
-    args = (q.astype(dtype), k.astype(dtype), v.astype(dtype), sink_logits)
-    o, lse = _attend(spec, *_vary((*args, mask, q_coords, k_coords)))  # type: ignore[misc]
-    return o.astype(v.dtype), lse
+    out = jnp.promote_types(out, dtype)
+    spec = _Spec(float(scale), logit_cap, jnp.dtype(softmax_dtype), out, *tiles)
+    mask, score, *coords = fixed
+    floats: tuple = ()
+    if score is not None:
+        floats, score = score.floats, score.with_floats((None,) * len(score.floats))
+    args = (q.astype(dtype), k.astype(dtype), v.astype(dtype), sink_logits, floats)
+    return _attend(spec, *vary((*args, (mask, score, *coords))))  # type: ignore[misc]
 
 
 def tile_sizes(B: int, N: int, T: int, S: int) -> tuple[int, int]:
@@ -83,6 +117,7 @@ class _Spec:
     scale: float
     cap: float | None
     wide: Any
+    out: Any
     tile_q: int
     tile_k: int
 
@@ -90,21 +125,33 @@ class _Spec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """Mask and coordinates, padded to whole tiles. ``present`` is false on padded keys."""
+    """Mask and coordinates, padded to whole tiles. ``present`` is false on padded keys.
+
+    ``score`` is the score_mod without the arrays that have a gradient, or None.
+    """
 
     mask: Mask
+    score: Mod | None
     q: Coords
     k: Coords
     present: jax.Array | None
 
     @staticmethod
-    def of(spec: _Spec, mask: Mask, q: Coords, k: Coords) -> _Tiling:
+    def of(spec: _Spec, mask: Mask, score: Mod | None, q: Coords, k: Coords) -> _Tiling:
         S = k.index.shape[0]
         padded = -S % spec.tile_k
         present = jnp.arange(S + padded) < S if padded else None
         pad_q = functools.partial(_pad, size=spec.tile_q, axis=-1, mode="edge")
         pad_k = functools.partial(_pad, size=spec.tile_k, axis=-1, mode="edge")
-        return _Tiling(mask, jax.tree.map(pad_q, q), jax.tree.map(pad_k, k), present)
+        return _Tiling(mask, score, jax.tree.map(pad_q, q), jax.tree.map(pad_k, k), present)
+
+    @property
+    def padding(self) -> str:
+        """How q, k and lse are padded: a score_mod must only see pairs like those it is made for.
+
+        Its derivative need not be finite for a logit of zero.
+        """
+        return "constant" if self.score is None else "edge"
 
     def live(self, spec: _Spec) -> Callable[[Any, Any], jax.Array]:
         """Whether tile ``(i, j)`` may hold a visible pair, as a function of ``i`` and ``j``.
@@ -128,31 +175,47 @@ class _Tiling:
         B, N, *pair = seen.shape
         return seen[:, :, None] if N == 1 else seen.reshape(B, K, N // K, *pair)
 
+    def modify(self, spec: _Spec, i, j) -> Callable[[jax.Array, tuple], jax.Array]:
+        """``modify(z, floats)``: the score_mod of the logits ``[B, K, G, tile_q, tile_k]``."""
+        if self.score is None:
+            return lambda z, floats: z
+        score = self.score
+        q, k = _cut(self.q, i, spec.tile_q, -1), _cut(self.k, j, spec.tile_k, -1)
+
+        def modify(z, floats):
+            B, K, G, *pair = z.shape
+            flat = (B, K * G, *pair)
+            out = score.with_floats(floats).on_grid(q, k, z.reshape(flat))
+            return jnp.broadcast_to(out, flat).reshape(z.shape)
+
+        return modify
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec, q, k, v, sink, mask, q_coords, k_coords):
-    return _attend_fwd(spec, q, k, v, sink, mask, q_coords, k_coords)[0]
+def _attend(spec, q, k, v, sink, floats, fixed):
+    return _attend_fwd(spec, q, k, v, sink, floats, fixed)[0]
 
 
-def _attend_fwd(spec, q, k, v, sink, mask, q_coords, k_coords):
+def _attend_fwd(spec, q, k, v, sink, floats, fixed):
     T, N, K = q.shape[1], q.shape[2], k.shape[2]
-    tiling = _Tiling.of(spec, mask, q_coords, k_coords)
-    qs = _pad(_heads(q, K), spec.tile_q)
-    ks, vs = (_pad(x.swapaxes(1, 2), spec.tile_k) for x in (k, v))
+    tiling = _Tiling.of(spec, *fixed)
+    qs = _pad(_heads(q, K), spec.tile_q, mode=tiling.padding)
+    ks = _pad(k.swapaxes(1, 2), spec.tile_k, mode=tiling.padding)
+    vs = _pad(v.swapaxes(1, 2), spec.tile_k)
     logits = None if sink is None else sink.astype(spec.wide).reshape(K, N // K, 1, 1)
-    o, lse = _rows(spec, tiling, qs, ks, vs, logits)
-    o = checkpoint_name(_tokens(o[..., :T, :]).astype(v.dtype), "attention_out")
+    o, lse = _rows(spec, tiling, qs, ks, vs, logits, floats)
+    o = checkpoint_name(_tokens(o[..., :T, :]).astype(spec.out), "attention_out")
     lse = checkpoint_name(_tokens(lse[..., :T, :])[..., 0], "attention_lse")
-    return (o, lse), (q, k, v, sink, mask, q_coords, k_coords, o, lse)
+    return (o, lse), (q, k, v, sink, floats, fixed, o, lse)
 
 
 def _attend_bwd(spec, residuals, cotangents):
-    q, k, v, sink, mask, q_coords, k_coords, o, lse = residuals
+    q, k, v, sink, floats, fixed, o, lse = residuals
     do, dlse = cotangents
     T, S, K = q.shape[1], k.shape[1], k.shape[2]
-    tiling = _Tiling.of(spec, mask, q_coords, k_coords)
+    tiling = _Tiling.of(spec, *fixed)
     alive = lse > -jnp.inf
-    do = jnp.where(alive[..., None], do, 0)
+    do = jnp.where(alive[..., None], do, 0).astype(q.dtype)
     delta = (o.astype(spec.wide) * do.astype(spec.wide)).sum(-1) - dlse
     delta = jnp.where(alive, delta, 0)
     lse = jnp.where(alive, lse, 0)
@@ -160,33 +223,34 @@ def _attend_bwd(spec, residuals, cotangents):
     if sink is not None:
         p = jnp.where(alive, jnp.exp(sink.astype(spec.wide) - lse), 0)
         dsink = -(p * delta).sum((0, 1)).astype(sink.dtype)
-    queries = (_heads(x, K) for x in (q, do, lse[..., None], delta[..., None]))
-    keys = (x.swapaxes(1, 2) for x in (k, v))
-    dq, dk, dv = _row_grads(
-        spec, tiling, *(_pad(x, spec.tile_q) for x in queries),
-        *(_pad(x, spec.tile_k) for x in keys),
-    )
+    edge = tiling.padding
+    qs, rows = (_pad(_heads(x, K), spec.tile_q, mode=edge) for x in (q, lse[..., None]))
+    dos, deltas = (_pad(_heads(x, K), spec.tile_q) for x in (do, delta[..., None]))
+    ks = _pad(k.swapaxes(1, 2), spec.tile_k, mode=edge)
+    vs = _pad(v.swapaxes(1, 2), spec.tile_k)
+    dq, dk, dv, dfloats = _row_grads(spec, tiling, qs, dos, rows, deltas, ks, vs, floats)
     dq = _tokens(dq[..., :T, :]).astype(q.dtype)
     dk, dv = (
         dx[..., :S, :].swapaxes(1, 2).astype(x.dtype) for dx, x in ((dk, k), (dv, v))
     )
-    return dq, dk, dv, dsink, None, None, None
+    return dq, dk, dv, dsink, tuple(d.astype(x.dtype) for d, x in zip(dfloats, floats)), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _rows(spec: _Spec, tiling: _Tiling, q, k, v, sink):
+def _rows(spec: _Spec, tiling: _Tiling, q, k, v, sink, floats):
     """``(o, lse)`` of all query tiles."""
     K = k.shape[1]
     n_q, n_k = q.shape[-2] // spec.tile_q, k.shape[-2] // spec.tile_k
 
     def tile(i, j):
         qi, kj, vj = _cut(q, i, spec.tile_q), _cut(k, j, spec.tile_k), _cut(v, j, spec.tile_k)
-        return _partial(spec, qi, kj, vj, tiling.seen(spec, i, j, K))
+        z = tiling.modify(spec, i, j)(_logits(spec, qi, kj), floats)
+        return _partial(spec, z, vj, tiling.seen(spec, i, j, K))
 
     if n_q == n_k == 1:
-        return _finish(spec, tile(0, 0), sink)
+        return finish_state(tile(0, 0), sink)
     live = tiling.live(spec)
     empty = _vary_like(
         tuple(
@@ -200,48 +264,50 @@ def _rows(spec: _Spec, tiling: _Tiling, q, k, v, sink):
         def step(state, j):
             return lax.cond(
                 live(i, j),
-                lambda state: _merge(state, tile(i, j)),
+                lambda state: merge_states(state, tile(i, j)),
                 lambda state: state,
                 state,
             ), None
 
         state, _ = lax.scan(step, empty, jnp.arange(n_k))
-        return None, _finish(spec, state, sink)
+        return None, finish_state(state, sink)
 
     _, (o, lse) = lax.scan(row, None, jnp.arange(n_q))
     return _join(o), _join(lse)
 
 
-def _row_grads(spec: _Spec, tiling: _Tiling, q, do, lse, delta, k, v):
-    """``(dq, dk, dv)`` in ``spec.wide``, summed over all tiles."""
+def _row_grads(spec: _Spec, tiling: _Tiling, q, do, lse, delta, k, v, floats):
+    """``(dq, dk, dv, dfloats)`` in ``spec.wide``, summed over all tiles."""
     K = k.shape[1]
     n_q, n_k = q.shape[-2] // spec.tile_q, k.shape[-2] // spec.tile_k
 
     def tile(i, j):
         rows = _cut((q, do, lse, delta), i, spec.tile_q)
         columns = _cut((k, v), j, spec.tile_k)
-        return _pull(spec, rows, columns, tiling.seen(spec, i, j, K))
+        modify = None if tiling.score is None else tiling.modify(spec, i, j)
+        return _pull(spec, rows, columns, tiling.seen(spec, i, j, K), modify, floats)
 
     if n_q == n_k == 1:
         return tile(0, 0)
     live = tiling.live(spec)
     zeros = functools.partial(jnp.zeros, dtype=spec.wide)
     no_dq = _vary_like(zeros((*q.shape[:3], spec.tile_q, q.shape[-1])), q)
-    no_dk, no_dv = (_vary_like(zeros(x.shape), q) for x in (k, v))
+    none = [_vary_like(zeros(x.shape), q) for x in (k, v, *floats)]
 
     def row(sums, i):
         def step(sums, j):
             def add(sums):
-                dq, dk, dv = tile(i, j)
-                return sums[0] + dq, _add(sums[1], dk, j), _add(sums[2], dv, j)
+                dq, dk, dv, dfloats = tile(i, j)
+                captured = tuple(x + y for x, y in zip(sums[3], dfloats))
+                return sums[0] + dq, _add(sums[1], dk, j), _add(sums[2], dv, j), captured
 
             return lax.cond(live(i, j), add, lambda sums: sums, sums), None
 
         (dq, *sums), _ = lax.scan(step, (no_dq, *sums), jnp.arange(n_k))
         return tuple(sums), dq
 
-    (dk, dv), dq = lax.scan(row, (no_dk, no_dv), jnp.arange(n_q))
-    return _join(dq), dk, dv
+    sums, dq = lax.scan(row, (none[0], none[1], tuple(none[2:])), jnp.arange(n_q))
+    return _join(dq), *sums
 
 
 def _logits(spec: _Spec, q, k):
@@ -249,45 +315,34 @@ def _logits(spec: _Spec, q, k):
     return z if spec.cap is None else spec.cap * jnp.tanh(z / spec.cap)
 
 
-def _partial(spec: _Spec, q, k, v, seen):
-    """The state ``(m, l, a)`` of one tile."""
-    z = jnp.where(seen, _logits(spec, q, k), -jnp.inf)
+def _partial(spec: _Spec, z, v, seen):
+    """The state ``(m, l, a)`` of one tile of logits."""
+    z = jnp.where(seen, z, -jnp.inf)
     top = lax.stop_gradient(z.max(-1, keepdims=True))
-    e = jnp.exp(z - _finite(top))
+    e = jnp.exp(z - finite(top))
     return top, e.sum(-1, keepdims=True), _dot("bkgts,bksv->bkgtv", e.astype(v.dtype), v, spec.wide)
 
 
-def _merge(one, other):
-    """The state of the keys of both."""
-    top = jnp.maximum(one[0], other[0])
-    a, b = (jnp.exp(x[0] - lax.stop_gradient(_finite(top))) for x in (one, other))
-    return top, one[1] * a + other[1] * b, one[2] * a + other[2] * b
-
-
-def _finish(spec: _Spec, state, sink):
-    """``(o, lse)`` of a row's state; a sink is one more key whose value is zero."""
-    if sink is not None:
-        state = _merge(state, (sink, jnp.ones((), spec.wide), jnp.zeros((), spec.wide)))
-    top, total, acc = state
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    top = lax.stop_gradient(_finite(top))
-    return acc / total, jnp.where(empty, -jnp.inf, top + jnp.log(total))
-
-
-def _pull(spec: _Spec, rows, columns, seen):
-    """``(dq, dk, dv)`` of one tile."""
+def _pull(spec: _Spec, rows, columns, seen, modify, floats):
+    """``(dq, dk, dv, dfloats)`` of one tile."""
     (q, do, lse, delta), (k, v) = rows, columns
-    z = _logits(spec, q, k)
+    y = z = _logits(spec, q, k)
+    if modify is not None:
+        z, back = jax.vjp(modify, y, floats)
     p = jnp.exp(jnp.where(seen, z - lse, -jnp.inf))
     dv = _dot("bkgts,bkgtv->bksv", p.astype(do.dtype), do, spec.wide)
     dz = p * (_dot("bkgtv,bksv->bkgts", do, v, spec.wide) - delta)
+    dfloats: tuple = ()
+    if modify is not None:
+        dz, dfloats = back(dz)
+        dz = jnp.where(p > 0, dz, 0)  # the derivative of hidden pairs need not be finite
+        dfloats = tuple(x.astype(spec.wide) for x in dfloats)
     if spec.cap is not None:
-        dz *= 1 - (z / spec.cap) ** 2
+        dz *= 1 - (y / spec.cap) ** 2
     dz = dz.astype(q.dtype)
     dq = spec.scale * _dot("bkgts,bksh->bkgth", dz, k, spec.wide)
     dk = spec.scale * _dot("bkgts,bkgth->bksh", dz, q, spec.wide)
-    return dq, dk, dv
+    return dq, dk, dv, dfloats
 
 
 def _at(tree, i):
@@ -296,10 +351,6 @@ def _at(tree, i):
 
 def _dot(equation: str, a, b, dtype):
     return jnp.einsum(equation, a, b, preferred_element_type=dtype)
-
-
-def _finite(x):
-    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def _heads(x, K: int):
@@ -342,23 +393,5 @@ def _pad(x, size: int, axis: int = -2, mode: str = "constant"):
     return jnp.pad(x, widths, mode=mode)
 
 
-def _axes(x) -> frozenset:
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _vary(tree):
-    """Give all arrays the same varying axes inside shard_map, as scans and cond branches require.
-
-    The transpose of the cast is the sum over those axes that a replicated input's gradient needs.
-    """
-    axes = frozenset().union(*(_axes(x) for x in jax.tree.leaves(tree)))
-
-    def cast(x):
-        missing = tuple(sorted(axes - _axes(x)))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
-
-
 def _vary_like(tree, like):
-    return _vary((tree, like))[0]
+    return vary((tree, like))[0]

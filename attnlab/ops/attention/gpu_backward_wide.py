@@ -1,0 +1,257 @@
+"""Backward kernels for Hopper where ``max(H, V)`` is above 128: notation of ``gpu_backward``.
+
+**dq.** As for narrow heads, but the ring of values has fewer slots than the ring of keys: a value
+tile is free after ``do v^T``, a key tile only after ``ds k``. The second warpgroup multiplies
+values first, so that a single slot is refilled under three products.
+
+**dk, dv.** The two accumulators of 64 keys take ``(H + V) / 2`` registers of a thread: more than
+one warpgroup has. The first warpgroup has dv, the second dk::
+
+    first    s^T = k q^T        p = exp(mod(s) - lse)    w = pull(p)    dv += p^T do
+    second   dp^T = v do^T      ds = w (dp - delta)                     dk += ds^T q
+
+The tile ``w`` passes through shared memory in float32; ``pull`` is linear and elementwise, so that
+``pull(p) (dp - delta)`` is ``pull(p (dp - delta))``. Where columns of the score want a gradient,
+``s`` passes instead and both evaluate the score. Nothing is multiplied twice: 4 products a pair,
+``2 (2 H + 2 V)`` FLOPs, against 5 products in two kernels of one accumulator each.
+
+Two blocks take the two halves of a row of 128 keys. They read the same tiles of queries, each half
+of every tile for both (multicast in a cluster): bytes from L2 a tile of 64 queries and 64 keys are
+``64 (H + V)`` instead of ``128 (H + V)``, for ``8 64^2 (H + V)`` FLOPs.
+
+Floor of both kernels: ``2 (2 H + V) + 2 (2 H + 2 V)`` FLOPs a pair (7 products at H = V; 5 would
+need sums across blocks, whose order is not fixed).
+"""
+
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from attnlab.ops.attention.blocks import BlockLists
+from attnlab.ops.attention.gpu_backward import (
+    ROW_GROUPS,
+    _add_products,
+    _take_apart,
+    _zeros,
+    add_row_sums,
+    asked,
+    pull_scores,
+    row_sums,
+)
+from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
+from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Plan, Tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of a kernel.
+
+    Args:
+        block_q, block_k: tokens of a tile of the block lists. stages: tiles of keys (dq) or of
+            queries (dk, dv) in flight. stages_v: tiles of values in flight (dq).
+        cluster: the two blocks of a row of keys share what they load (dk, dv). turns: the two
+            warpgroups take turns on the tensor cores (dq) or run as they come.
+    """
+
+    block_q: int
+    block_k: int
+    stages: int
+    stages_v: int = 1
+    cluster: bool = True
+    turns: bool = True
+    registers: int = 232
+
+
+def grad_q(
+    plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, order, operands, *,
+    interpret: Any = None,
+):
+    """See ``gpu_backward.grad_q``."""
+    B, _, N, H = q.shape
+    K, V = v.shape[2:]
+    G, rows, dtype = N // K, lists.rows, q.dtype
+    block_k, stages, stages_v = config.block_k, config.stages, config.stages_v
+    names = [name for name, _ in plan.names]
+    wanted, totals = asked(plan, ROW_GROUPS), sum(row_sums(plan))
+    leaves, tree = jax.tree.flatten(lists)
+    inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
+    sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
+    outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * totals]
+
+    def kernel(*refs):
+        (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
+            _take_apart(refs, (7, len(leaves), len(names), len(outs)))
+        )
+        block_lists = jax.tree.unflatten(tree, listed)
+        operand_refs = dict(zip(names, given, strict=True))
+
+        def scoped(q_smem, do_smem, k_smem, v_smem, staging, q_bar, k_bar, v_bar, k_free, v_free,
+                   turn):
+            wg, step_id = lax.axis_index("wg"), lax.axis_index("tile")
+            bn, r = lax.div(step_id, rows), lax.rem(step_id, rows)
+            b, n = lax.div(bn, N), lax.rem(bn, N)
+            row = order_ref[r]
+            full, partial = block_lists.full, block_lists.partial
+
+            def swap_turns():
+                if config.turns:
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
+
+            def compute(me: int):
+                if interpret is None:
+                    plgpu.set_max_registers(config.registers, action="increase")
+                q0 = row * config.block_q + me * WIDTH
+                at = (b, pl.ds(q0, WIDTH), n)
+                plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[me], q_bar.at[me])
+                plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[me], q_bar.at[me])
+                vector = (b, n, pl.ds(q0, WIDTH))
+                lse, delta = (
+                    plgpu.load(x.at[vector], layout=ROW, optimized=False)
+                    for x in (lse_ref, delta_ref)
+                )
+                plgpu.barrier_wait(q_bar.at[me])
+                if me == 1:
+                    swap_turns()
+
+                def step(j, carry, masked):
+                    dq, sums, it = carry
+                    zero = varying_zero(j)
+                    slot, slot_v = lax.rem(it, stages), lax.rem(it, stages_v) + zero
+                    shape, mine = (WIDTH, block_k), me + zero
+
+                    def scope(s_ref, dp_ref):
+                        def values():
+                            plgpu.barrier_wait(v_bar.at[slot_v])
+                            right = v_smem.at[slot_v].transpose((1, 0))
+                            plgpu.wgmma(dp_ref, do_smem.at[mine], right)
+
+                        if me == 1:
+                            values()
+                        plgpu.barrier_wait(k_bar.at[slot])
+                        plgpu.wgmma(s_ref, q_smem.at[mine], k_smem.at[slot].transpose((1, 0)))
+                        if me == 0:
+                            values()
+                        swap_turns()
+                        if me == 1:
+                            if interpret is None:
+                                plgpu.wgmma_wait(1)
+                            plgpu.barrier_arrive(v_free.at[slot_v])
+                        return s_ref[...], dp_ref[...]
+
+                    acc = plgpu.ACC(shape, jnp.float32)
+                    s, dp = pl.run_scoped(scope, acc, acc)
+                    if me == 0:
+                        plgpu.barrier_arrive(v_free.at[slot_v])
+                    tile = Tile(plan, operand_refs, b, n, q0, j * block_k, shape)
+
+                    def local(tile, s, dp, *sums):
+                        z, pull = pull_scores(tile, s, wanted)
+                        z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (0,))
+                        if masked:
+                            z = jnp.where(tile.seen(), z, -jnp.inf)
+                        dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
+                        ds, *rest = pull(dz)
+                        return ds.astype(dtype), *add_row_sums(tile, sums, rest)
+
+                    narrow, *sums = tile.by_kind(local, s, dp, *sums)
+                    sums = tuple(sums)
+                    if interpret is None:
+                        dq, sums, narrow = lax.optimization_barrier((dq, sums, narrow))
+                    swap_turns()
+                    (dq,) = _add_products((dq,), (narrow,), (k_smem.at[slot],), staging, me)
+                    plgpu.barrier_arrive(k_free.at[slot])
+                    return dq, sums, it + 1
+
+                carry = (
+                    _zeros((WIDTH, H), LAYOUT),
+                    tuple(_zeros((WIDTH,), ROW) for _ in range(totals)), jnp.int32(0),
+                )
+                carry = visit(full, b, n, row, lambda j, c: step(j, c, False), carry)
+                dq, sums, _ = visit(partial, b, n, row, lambda j, c: step(j, c, True), carry)
+                if me == 0:
+                    swap_turns()
+                q_smem[me] = (dq * plan.scale).astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(q_smem.at[me], results[0].at[at])
+                for out, x in zip(results[1:], sums, strict=True):
+                    out[vector] = x
+                plgpu.wait_smem_to_gmem(0)
+
+            for me in range(COMPUTE):
+                pl.when(wg == me)(lambda me=me: compute(me))
+
+            @pl.when(wg == COMPUTE)
+            def _copy():
+                if interpret is None:
+                    plgpu.set_max_registers(24, action="decrease")
+                kv = lax.div(n, G)
+
+                def fetch(j, it):
+                    at = (b, pl.ds(j * block_k, block_k), kv)
+                    for source, target, bar, free, size in (
+                        (k_ref, k_smem, k_bar, k_free, stages),
+                        (v_ref, v_smem, v_bar, v_free, stages_v),
+                    ):
+                        slot = lax.rem(it, size)
+                        pl.when(it >= size)(
+                            lambda free=free, slot=slot: plgpu.barrier_wait(free.at[slot])
+                        )
+                        plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], bar.at[slot])
+                    return it + 1
+
+                it = visit(partial, b, n, row, fetch, visit(full, b, n, row, fetch, jnp.int32(0)))
+                drain(k_free, it, stages)
+                drain(v_free, it, stages_v)
+
+        pl.run_scoped(
+            scoped,
+            tiled(dtype, COMPUTE, WIDTH, H), tiled(dtype, COMPUTE, WIDTH, V),
+            tiled(dtype, stages, block_k, H), tiled(dtype, stages_v, block_k, V),
+            None if interpret is None else tiled(dtype, COMPUTE, WIDTH, block_k),
+            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages_v),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages_v),
+            plgpu.Barrier(num_arrivals=COMPUTE),
+            collective_axes="wg",
+        )
+
+    return launch(kernel, outs, (B * N * rows,), inputs, interpret)
+
+
+def varying_zero(j):
+    """0, for any tile ``j``, in a form that changes in the loop for all the compiler knows.
+
+    As part of the place of an operand that stays put it keeps the descriptors of all its slices,
+    32 registers for 256 columns, from being computed before the loop and kept.
+    """
+    return jnp.minimum(j, 0)
+
+
+def launch(kernel, outs, grid, inputs, interpret, cluster: bool = False):
+    """Run ``kernel`` on blocks of three warpgroups, ``grid = (tiles,)`` or ``(tiles, 2)``: the
+    last axis, ``half``, is a cluster if asked for (not in the interpreter). Sums along a row of a
+    tile stay inside four threads: no scratch is reserved for them."""
+    keywords: dict[str, Any] = {} if interpret is None else {"interpret": interpret}
+    names = ("tile", "half")[: len(grid)]
+    if cluster and interpret is None:
+        keywords |= dict(cluster=grid[1:], cluster_names=names[1:])
+        grid, names = grid[:1], names[:1]
+    return plgpu.kernel(
+        kernel, out_type=outs, grid=grid, grid_names=names, num_threads=COMPUTE + 1,
+        thread_name="wg", **keywords,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )(*inputs)

@@ -1,0 +1,57 @@
+"""Which Hopper kernel serves which head widths, and the sizes of those for wide heads.
+
+| max(H, V) | forward | dq | dk, dv |
+|---|---|---|---|
+| up to 128, and 192 / 128 | ``gpu_forward`` | ``gpu_backward`` | ``gpu_backward`` |
+| up to 256 | ``gpu_forward`` | ``gpu_backward_wide`` | ``gpu_backward_wide_kv`` |
+| up to 576 / 512 | ``gpu_wide`` | none | none |
+
+The kernel follows from the type of its sizes.
+"""
+
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
+from __future__ import annotations
+
+from attnlab.ops.attention import (
+    gpu_backward,
+    gpu_backward_wide,
+    gpu_backward_wide_kv,
+    gpu_forward,
+    gpu_wide,
+)
+
+SHARED_MEMORY = 230_400  # bytes of a block for tiles; 2 KB are left for vectors and barriers
+
+
+def forward_config(H: int, V: int, value_is_prefix: bool) -> gpu_wide.Config:
+    """Sizes above 256: as many stages as shared memory has room for."""
+    for stages, stages_v in ((3, 3), (3, 2), (2, 2), (2, 1), (1, 1)):
+        columns = max(H, V) + stages * H + (0 if value_is_prefix else stages_v * V) + 64
+        if 128 * columns <= SHARED_MEMORY:
+            break
+    return gpu_wide.Config(128, 64, stages, stages_v, value_is_prefix=value_is_prefix)
+
+
+def backward_configs(H: int, V: int) -> tuple[gpu_backward_wide.Config, gpu_backward_wide.Config]:
+    """Sizes for dq and for dk, dv above 192 / 128, up to 256."""
+    Config = gpu_backward_wide.Config
+    if max(H, V) > 192:
+        return Config(128, 64, 2, 1 if V > 192 else 2), Config(64, 128, 2)
+    return Config(128, 64, 2, 2), Config(64, 128, 3)
+
+
+def forward_of(config):
+    """The forward kernel of these sizes."""
+    return gpu_wide.forward if isinstance(config, gpu_wide.Config) else gpu_forward.forward
+
+
+def backward_of(config_q, config_kv):
+    """``(kernel, sizes, transposed lists)`` of dq and of dk, dv."""
+    narrow_q, narrow_kv = (isinstance(c, gpu_backward.Config) for c in (config_q, config_kv))
+    return (
+        ((gpu_backward if narrow_q else gpu_backward_wide).grad_q, config_q, False),
+        ((gpu_backward if narrow_kv else gpu_backward_wide_kv).grad_kv, config_kv, True),
+    )

@@ -1,0 +1,47 @@
+"""The functions of one pair that fused kernels stage: the mask, and the score after its cap."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from attnlab.core.mask import Blocks, Mask, Pair, conjuncts
+from attnlab.core.mods import Mod
+
+
+def pair_mod(mask: Mask, S: int | None) -> Mod:
+    """The mask without its block lists as a function of a pair; ``S``: hide keys from there on."""
+    rest = [part for part in conjuncts(mask) if not isinstance(part, Blocks)]
+
+    def sees(head, q_pos, k_pos, *, batch, q_index, k_index, q_segment, k_segment):
+        pair = Pair(batch, head, q_pos, k_pos, q_index, k_index, q_segment, k_segment)
+        seen = None if S is None else k_index < S
+        for part in rest:
+            one = part.sees(pair)
+            seen = one if seen is None else seen & one
+        return jnp.ones((), bool) if seen is None else seen
+
+    return Mod.of(sees)
+
+
+def capped(score: Mod | None, cap: float | None) -> Mod | None:
+    """The logit cap ``c tanh(z / c)``, then ``score``, as one function."""
+    if cap is None:
+        return score
+
+    def bounded(s):
+        return cap * jnp.tanh(s * (1.0 / cap))
+
+    if score is None:
+        return Mod.of(lambda s, head, q_pos, k_pos: bounded(s), score_dtype="float32")
+
+    def both(s, head, q_pos, k_pos, *, batch, q_index, k_index, q_segment, k_segment):
+        known = dict(
+            score=bounded(s), head=head, q_pos=q_pos, k_pos=k_pos, batch=batch, q_index=q_index,
+            k_index=k_index, q_segment=q_segment, k_segment=k_segment,
+        )
+        return score.of_pair(*(known[name] for name in score.program.inputs))
+
+    out = Mod.of(both, score_dtype="float32")
+    return dataclasses.replace(out, batch=score.batch, heads=score.heads)

@@ -1,0 +1,170 @@
+"""The Hopper kernels in JAX's GPU interpreter, which reports races, against the dense reference.
+
+Interpreted kernels take seconds, so the cases are few and each crosses tile borders on both sides.
+What the interpreter cannot see (registers, shared memory, layouts) is compiled in the aot tests.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnlab.core.dispatch import Device
+from attnlab.core.mask import Blocks, Causal, Coords, Full, MaskMod, Segments, SinkTokens, Window
+from attnlab.core.mods import Mod
+from attnlab.core.versions import JAX
+from attnlab.ops.attention import Call, gpu, reference
+
+pytestmark = pytest.mark.skipif(JAX < (0, 11, 2), reason="Mosaic GPU kernels need jax >= 0.11.2")
+
+
+def bucket(distance):
+    """The 32 one-sided buckets of T5, up to a distance of 32 here."""
+    d = jnp.maximum(distance, 0)
+    far = 16 + (jnp.log(d.astype(jnp.float32) / 16) / jnp.log(2.0) * 16).astype(jnp.int32)
+    return jnp.where(d < 16, d, jnp.minimum(far, 31))
+
+
+def packed(T: int, lengths: tuple[int, ...]):
+    """Documents of these lengths end to end, the rest padding."""
+    left = T - sum(lengths)
+    segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, left])
+    places = [np.arange(n) for n in lengths] + [np.zeros(left)]
+    return jnp.asarray(np.concatenate(places)[None], jnp.int32), jnp.asarray(segments[None])
+
+
+SHAPES = {
+    "gqa": (203, 4, 2, 64, 64),
+    "wide": (200, 2, 2, 128, 128),
+    "mla": (200, 2, 2, 192, 128),
+    "256": (100, 2, 1, 256, 256),
+    "192": (140, 1, 1, 192, 192),
+    "256 over 128": (100, 2, 1, 256, 128),
+}
+
+CASES = {
+    "causal": dict(shape="gqa"),
+    "causal 128": dict(shape="wide"),
+    "192 over 128": dict(shape="mla"),
+    "window, sinks, empty rows": dict(
+        shape="gqa", mask=Causal() & (Window(40) | SinkTokens(2)) & MaskMod.of(
+            lambda head, q, k: q != 70
+        ), sink=False,
+    ),
+    "sink logits, full": dict(shape="gqa", mask=Full(), sink=True),
+    "packed": dict(shape="gqa", lengths=(90, 5, 88), mask=Causal() & Window(50)),
+    "head, row and column values": dict(
+        shape="gqa",
+        score=lambda e: lambda s, head, q, k, *, batch, q_index, k_index: (
+            e["slope"][head] * (k - q) + jnp.tanh(s) * e["slope"][head]
+            + e["row"][batch, q_index] * s + e["column"][head, k_index]
+        ),
+    ),
+    "T5 table": dict(
+        shape="gqa", score=lambda e: lambda s, head, q, k: s + e["table"][head, bucket(q - k)]
+    ),
+    "Toeplitz table, cap": dict(
+        shape="wide", cap=3.0, score=lambda e: lambda s, head, q, k: s + e["toeplitz"][q - k + 199],
+    ),
+    "blocks": dict(shape="gqa", blocks=True),
+    "256": dict(shape="256", mask=Causal() & (Window(40) | SinkTokens(2))),
+    "192": dict(shape="192", lengths=(60, 5, 70)),
+    "256 over 128, head, row and column values": dict(
+        shape="256 over 128",
+        score=lambda e: lambda s, head, q, k, *, batch, q_index, k_index: (
+            e["slope"][head] * (k - q) + jnp.tanh(s) * e["slope"][head]
+            + e["row"][batch, q_index] * s + e["column"][head, k_index]
+        ),
+    ),
+}
+
+
+def run(forward, case, exact: bool):
+    """Outputs and gradients of a case, with cotangents on o and lse."""
+    T, N, K, H, V = SHAPES[case["shape"]]
+    keys = iter(jax.random.split(jax.random.key(1), 12))
+
+    def draw(*shape):
+        return jax.random.normal(next(keys), shape)
+
+    q, k, v = draw(1, T, N, H), draw(1, T, K, H), draw(1, T, K, V)
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v)) if exact else (q, k, v)
+    do, dlse = draw(1, T, N, V), draw(1, T, N)
+    extra = {
+        "slope": draw(N) * 0.1, "row": draw(1, T), "column": draw(N, T), "table": draw(N, 32),
+        "toeplitz": draw(399),
+    }
+    sink = draw(N) if case.get("sink") else None
+    places = jnp.arange(T, dtype=jnp.int32)
+    positions, segments = places[None], None
+    mask = case.get("mask", Causal())
+    if "lengths" in case:
+        positions, segments = packed(T, case["lengths"])
+        mask = mask & Segments()
+    if case.get("blocks"):
+        lists = jax.random.randint(next(keys), (1, N, 2, 2), -1, 2)
+        mask = Causal() & Blocks(lists, 128, 128)
+    coords = Coords(positions, segments, places)
+
+    def loss(q, k, v, sink, extra):
+        make = case.get("score")
+        score = None if make is None else Mod.of(make(extra), score_dtype=jnp.float32).bound(1, N)
+        o, lse = forward(
+            q, k, v, mask=mask.bound(1, N), score=score, q_coords=coords, k_coords=coords,
+            scale=H**-0.5, sink_logits=sink, logit_cap=case.get("cap"), return_lse=True,
+            softmax_dtype=jnp.dtype("float32"), layout="full" if segments is None else "packed",
+        )
+        seen = jnp.where(jnp.isfinite(lse), lse, 0)
+        return (o.astype(jnp.float32) * do).sum() + (seen * dlse).sum(), (o, lse)
+
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True))
+    (_, outs), grads = gradient(q, k, v, sink, extra)
+    return outs, grads
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(name):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    case = CASES[name]
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    found = run(functools.partial(gpu.forward, interpret=interpret), case, exact=False)
+    expected = run(reference.forward, case, exact=True)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
+    for (path, a), b in leaves:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        where = jax.tree_util.keystr(path)
+        assert (np.isfinite(a) == np.isfinite(b)).all(), f"{name} {where}: not finite alike"
+        a, b = np.nan_to_num(a, neginf=0), np.nan_to_num(b, neginf=0)
+        error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6)
+        assert error < 1e-2, f"{name} {where}: relative error {error:.1e}"
+
+
+H200 = Device("gpu", "NVIDIA H200")
+SQUARE = jnp.ones((256, 256))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (dict(device=Device("gpu", "NVIDIA A100-SXM4-40GB")), "runs on Hopper GPUs"),
+        (dict(dtype="float32"), "dtype is float32"),
+        (dict(H=640, V=512), "H = 640"),
+        (dict(mask=Blocks(jnp.zeros((1, 1, 4, 2), jnp.int32), 64, 64)), "multiples of the 128"),
+        (dict(score=lambda s, h, q, k: jnp.log1p(jnp.abs(s))), "needs log1p"),
+        (dict(score=lambda s, h, q, k: s + SQUARE[q, k]), "by query and key"),
+    ],
+)
+def test_refusals_say_why(change, reason):
+    call = dict(
+        B=1, T=256, S=256, N=4, K=2, H=64, V=64, dtype="bfloat16", mask=Causal(), layout="full",
+        segments=False, sink_logits=False, logit_cap=None, return_lse=True, device=H200,
+    ) | change
+    if call.get("score"):
+        call["score"] = Mod.of(call["score"], score_dtype=jnp.float32).program
+    assert reason in str(gpu.supports(Call(**call)))
