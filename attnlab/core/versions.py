@@ -26,6 +26,15 @@ def make_mesh(shape: tuple[int, ...], names: tuple[str, ...], devices=None) -> M
     )
 
 
+def reciprocal(x):
+    """The TPU's approximate ``1 / x`` inside a Pallas kernel (moved to pallas.tpu after 0.10)."""
+    from jax.experimental import pallas
+    from jax.experimental.pallas import tpu
+
+    home = tpu if hasattr(tpu, "reciprocal") else pallas
+    return home.reciprocal(x, approx=True)
+
+
 def split_module(module: nnx.Module) -> tuple[Any, dict]:
     """``(graphdef, params)``: params is a plain nested dict of arrays with string keys."""
     graphdef, state = nnx.split(module)

@@ -105,6 +105,9 @@ CASES = {
     "rows": Case(Causal() & Window(99), T=300, score=rows, captured=normal(4, 300)),
     "columns": Case(Causal(), T=300, score=columns, captured=normal(4, 300)),
     "relative table": Case(Causal(), T=300, N=2, K=1, score=relative, captured=normal(2, 64)),
+    "relative table, few tokens": Case(
+        Full(), T=40, N=2, K=1, score=relative, captured=normal(2, 30)
+    ),
     "a bias everywhere": Case(
         Causal(), T=200, B=2, N=2, K=1, score=everywhere, captured=normal(2, 200, 200)
     ),

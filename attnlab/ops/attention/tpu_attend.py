@@ -122,6 +122,10 @@ def _plan(problem: Problem, direction: str, shapes, handed, fixed, grads=(), sin
     choose = tpu_blocks.forward_blocks if forward_pass else tpu_blocks.backward_blocks
     block_q, block_k = choose(rows, problem.S, H, V, dtype, problem.kind, mask)
     T, S, fold = problem.T, problem.S, problem.fold
+    if problem.score is not None:
+        known = {h.group for h in split(problem.score, T, S).handed}
+        if "distances" in known:  # Toeplitz tiles are made of whole vectors
+            block_q += -block_q % LANES
     pair = pair_mod(mask, S if S % block_k else None)
     pair = pair.bound(B, problem.N) if batch is None else dataclasses.replace(
         pair, batch=batch, heads=heads

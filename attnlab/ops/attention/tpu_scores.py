@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from attnlab.core import versions
 from attnlab.core.staging import Body
 from attnlab.ops.attention.tpu_tiles import LANES, SIDES, STRIP, Plan
 
@@ -195,7 +195,7 @@ def product(a, b, axes: tuple[int, int]):
 def reciprocal(x):
     """``1 / x`` of numbers from 0 on, in float32 but for the last bit; of 0 a large number."""
     x = jnp.maximum(x, 1e-37)
-    guess = pl.reciprocal(x, approx=True)
+    guess = versions.reciprocal(x)
     for _ in range(2):  # each doubles the digits; interpreters start from 8 bits
         guess = guess * (2.0 - x * guess)
     return guess

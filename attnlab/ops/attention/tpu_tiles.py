@@ -17,6 +17,7 @@ of the tile, and every block of 128 rows is a slice of those.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ class Plan:
     @property
     def unit(self) -> int:
         """Width of the pieces that a Toeplitz window is made of."""
-        return min(self.block_q, self.block_k)
+        return math.gcd(self.block_q, self.block_k)
 
     @property
     def pieces(self) -> int:
