@@ -222,7 +222,8 @@ def _in_shard(jaxpr: Any, consts: Any, values: Any, axes: frozenset) -> list[Any
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), map(cast, (*consts, *values)), strict=True))
 
     def read(x: Any):
-        return cast(jnp.asarray(x.val, x.aval.dtype)) if isinstance(x, jex.Literal) else env[x]
+        aval: Any = x.aval
+        return cast(jnp.asarray(x.val, aval.dtype)) if isinstance(x, jex.Literal) else env[x]
 
     for eqn in jaxpr.eqns:
         given = [read(x) for x in eqn.invars]
