@@ -120,6 +120,16 @@ def cut(axis: str, size: int) -> tuple[str, ...]:
     return names if size % math.prod(mesh.shape[a] for a in names) == 0 else ()
 
 
+def cut_heads(N: int, K: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that cut ``N`` query heads and ``K`` key/value heads where rows and heads stay
+    apart: alike or not at all; a single key/value head goes to every device."""
+    heads = cut("heads", N)
+    if K == 1:
+        return heads, ()
+    heads = heads if cut("kv_heads", K) == heads else ()
+    return heads, heads
+
+
 def shards(axis: str, size: int) -> int:
     """Into how many shards the enclosing ``sharding`` block cuts ``size`` entries of an axis."""
     context = _context.get()

@@ -35,7 +35,7 @@ from attnlab.core.mask import Coords, Mask
 from attnlab.core.mods import Mod, Program
 from attnlab.core.types import Layout
 from attnlab.ops.attention import gpu, reference, tpu, vendor, xla
-from attnlab.ops.attention.inputs import composed, coordinates
+from attnlab.ops.attention.inputs import check_options, composed, coordinates
 from attnlab.ops.attention.planned import Planned, plan
 
 __all__ = ["OP", "Call", "Planned", "attention", "plan"]
@@ -178,20 +178,7 @@ def arguments(
     planned = mask if isinstance(mask, Planned) else None
     mask = composed(mask, sink_tokens, segments is not None)
     q_coords, k_coords, layout = coordinates(positions, segments, layout, B, T, S)
-    if sink_logits is not None and sink_logits.shape != (N,):
-        raise ShapeError(
-            f"sink_logits has shape {tuple(sink_logits.shape)}", f"must be [N] = ({N},)",
-            "one logit a query head",
-        )
-    if isinstance(scale, jax.Array):
-        raise ConfigError("scale is an array", "must be a Python number", "multiply q by it")
-    if logit_cap is not None and not logit_cap > 0:
-        raise ConfigError(f"logit_cap = {logit_cap}", "must be positive", "use None for no cap")
-    if jnp.dtype(softmax_dtype).name not in ("float32", "float64"):
-        raise ConfigError(
-            f"softmax_dtype = {softmax_dtype}", "logits and sums are never below float32",
-            'use "float32"',
-        )
+    check_options(N, sink_logits, logit_cap, scale, softmax_dtype)
     if planned is not None:
         planned.check_call(T, S, layout)
     mask.check(B, N, T)
@@ -259,11 +246,8 @@ def _over_shards(forward, q, k, v, *, mask, score, q_coords, k_coords, sink_logi
     context = axes.current()
     if context is None or context[0].size == 1:
         return part(q, k, v, mask, score, q_coords, k_coords, sink_logits)
-    N, K = q.shape[2], k.shape[2]
-    batch, heads, kv_heads = axes.cut("batch", q.shape[0]), axes.cut("heads", N), ()
-    if K > 1:
-        kv_heads = heads = heads if axes.cut("kv_heads", K) == heads else ()
-    elif heads:
+    batch, (heads, kv_heads) = axes.cut("batch", q.shape[0]), axes.cut_heads(q.shape[2], k.shape[2])
+    if heads and not kv_heads:
         k, v = widened(k, "float32"), widened(v, "float32")
     q_spec, kv_spec = P(batch, None, heads), P(batch, None, kv_heads)
     coords: Any = Coords(P(batch), P(batch), P())  # type: ignore[arg-type] - specs in its shape

@@ -35,6 +35,7 @@ from attnlab.core.errors import ConfigError, DtypeError, ShapeError, Unsupported
 from attnlab.core.layer import MAX_DECODE
 from attnlab.core.mask import Causal, Coords, Mask, Segments, SinkTokens, Window
 from attnlab.ops.attention import decode_gpu, decode_reference, decode_xla
+from attnlab.ops.attention.inputs import check_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,9 @@ def decode(
         mask = mask & (Window(window) | sinks if sink_tokens else Window(window))
     if segments is not None:
         mask = mask & Segments()
-    _check_options(N, sink_logits, logit_cap, scale, softmax_dtype, splits)
+    check_options(N, sink_logits, logit_cap, scale, softmax_dtype)
+    if splits is not None and not (isinstance(splits, int | np.integer) and splits >= 1):
+        raise ConfigError(f"splits = {splits!r}", "is a count of at least 1", "use None")
     call = Call(
         B, t, S, N, K, H, V, None if pages is None else k.shape[1], q.dtype.name, k.dtype.name,
         positions is not None, segments is not None, window, sink_tokens, sink_logits is not None,
@@ -187,10 +190,7 @@ def _over_shards(forward, q, k, v, lengths, pages, sink_logits, q_coords, k_coor
     context = axes.current()
     if context is None or context[0].size == 1:
         return forward(q, k, v, lengths, pages, sink_logits, q_coords, k_coords)
-    N, K = q.shape[2], k.shape[2]
-    batch, heads, kv_heads = axes.cut("batch", q.shape[0]), axes.cut("heads", N), ()
-    if K > 1:
-        kv_heads = heads = heads if axes.cut("kv_heads", K) == heads else ()
+    batch, (heads, kv_heads) = axes.cut("batch", q.shape[0]), axes.cut_heads(q.shape[2], k.shape[2])
     coords: Any = Coords(P(batch), P(batch), P())  # type: ignore[arg-type] - specs in its shape
     if q_coords.segments is None:
         coords = dataclasses.replace(coords, segments=None)
@@ -280,22 +280,3 @@ def _shapes(q, k, v, lengths, pages) -> tuple[int, int, int, int, int, int, int]
         _check_integers("pages", pages)
         S = pages.shape[1] * k.shape[1]
     return B, t, N, H, S, K, v.shape[3]
-
-
-def _check_options(N, sink_logits, logit_cap, scale, softmax_dtype, splits) -> None:
-    if sink_logits is not None and sink_logits.shape != (N,):
-        raise ShapeError(
-            f"sink_logits has shape {tuple(sink_logits.shape)}", f"must be [N] = ({N},)",
-            "one logit a query head",
-        )
-    if isinstance(scale, jax.Array):
-        raise ConfigError("scale is an array", "must be a Python number", "multiply q by it")
-    if logit_cap is not None and not logit_cap > 0:
-        raise ConfigError(f"logit_cap = {logit_cap}", "must be positive", "use None for no cap")
-    if jnp.dtype(softmax_dtype).name not in ("float32", "float64"):
-        raise ConfigError(
-            f"softmax_dtype = {softmax_dtype}", "logits and sums are never below float32",
-            'use "float32"',
-        )
-    if splits is not None and not (isinstance(splits, int | np.integer) and splits >= 1):
-        raise ConfigError(f"splits = {splits!r}", "is a count of at least 1", "use None")

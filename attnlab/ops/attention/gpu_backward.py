@@ -102,6 +102,23 @@ def pull_scores(tile: Tile, s, wanted: tuple[int, ...]):
     return jax.vjp(modified, s, *tiles)
 
 
+def row_cotangents(tile: Tile, s, dp, lse, delta, sums, masked: bool, dtype):
+    """``ds`` of a tile of query rows in ``dtype``, and ``sums`` with those of this tile added."""
+    wanted, shape = asked(tile.plan, ROW_GROUPS), tile.shape
+
+    def local(tile, s, dp, *sums):
+        z, pull = pull_scores(tile, s, wanted)
+        z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (0,))
+        if masked:
+            z = jnp.where(tile.seen(), z, -jnp.inf)
+        dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
+        ds, *rest = pull(dz)
+        return ds.astype(dtype), *add_row_sums(tile, sums, rest)
+
+    narrow, *sums = tile.by_kind(local, s, dp, *sums)
+    return narrow, tuple(sums)
+
+
 def _add_products(accumulators, lefts, rights, staging, wg):
     """``acc += left right`` with left in registers, right in shared memory, started together.
 
@@ -151,7 +168,6 @@ def grad_q(
     G, rows, dtype = N // K, lists.rows, q.dtype
     block_k, stages = config.block_k, config.stages
     names = [name for name, _ in plan.names]
-    wanted = asked(plan, ROW_GROUPS)
     totals = row_sums(plan)
     leaves, tree = jax.tree.flatten(lists)
     inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
@@ -210,17 +226,7 @@ def grad_q(
                     s, dp = pl.run_scoped(scope, acc, acc)
                     tile = Tile(plan, operand_refs, b, n, q0, j * block_k, shape)
 
-                    def local(tile, s, dp, *sums):
-                        z, pull = pull_scores(tile, s, wanted)
-                        z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (0,))
-                        if masked:
-                            z = jnp.where(tile.seen(), z, -jnp.inf)
-                        dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
-                        ds, *rest = pull(dz)
-                        return ds.astype(dtype), *add_row_sums(tile, sums, rest)
-
-                    narrow, *sums = tile.by_kind(local, s, dp, *sums)
-                    sums = tuple(sums)
+                    narrow, sums = row_cotangents(tile, s, dp, lse, delta, sums, masked, dtype)
                     if interpret is None:
                         dq, sums, narrow = lax.optimization_barrier((dq, sums, narrow))
                     swap_turns()

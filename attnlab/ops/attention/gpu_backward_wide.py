@@ -40,17 +40,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_backward import (
-    ROW_GROUPS,
     _add_products,
     _take_apart,
     _zeros,
-    add_row_sums,
-    asked,
-    pull_scores,
+    row_cotangents,
     row_sums,
 )
 from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Plan, Tile
+from attnlab.ops.attention.gpu_tiles import LAYOUT, WIDTH, Plan, Tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +80,7 @@ def grad_q(
     G, rows, dtype = N // K, lists.rows, q.dtype
     block_k, stages, stages_v = config.block_k, config.stages, config.stages_v
     names = [name for name, _ in plan.names]
-    wanted, totals = asked(plan, ROW_GROUPS), sum(row_sums(plan))
+    totals = sum(row_sums(plan))
     leaves, tree = jax.tree.flatten(lists)
     inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
@@ -156,17 +153,7 @@ def grad_q(
                         plgpu.barrier_arrive(v_free.at[slot_v])
                     tile = Tile(plan, operand_refs, b, n, q0, j * block_k, shape)
 
-                    def local(tile, s, dp, *sums):
-                        z, pull = pull_scores(tile, s, wanted)
-                        z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (0,))
-                        if masked:
-                            z = jnp.where(tile.seen(), z, -jnp.inf)
-                        dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
-                        ds, *rest = pull(dz)
-                        return ds.astype(dtype), *add_row_sums(tile, sums, rest)
-
-                    narrow, *sums = tile.by_kind(local, s, dp, *sums)
-                    sums = tuple(sums)
+                    narrow, sums = row_cotangents(tile, s, dp, lse, delta, sums, masked, dtype)
                     if interpret is None:
                         dq, sums, narrow = lax.optimization_barrier((dq, sums, narrow))
                     swap_turns()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError
@@ -110,3 +111,21 @@ def _pair(name, value, q_shape, k_shape):
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise DtypeError(f"{side} {name} has dtype {array.dtype}", "must be int32", "cast it")
     return q.astype(jnp.int32), k.astype(jnp.int32)
+
+
+def check_options(N: int, sink_logits: Any, logit_cap: Any, scale: Any, softmax_dtype: Any) -> None:
+    """Raise ShapeError or ConfigError unless these serve ``N`` query heads."""
+    if sink_logits is not None and sink_logits.shape != (N,):
+        raise ShapeError(
+            f"sink_logits has shape {tuple(sink_logits.shape)}", f"must be [N] = ({N},)",
+            "one logit a query head",
+        )
+    if isinstance(scale, jax.Array):
+        raise ConfigError("scale is an array", "must be a Python number", "multiply q by it")
+    if logit_cap is not None and not logit_cap > 0:
+        raise ConfigError(f"logit_cap = {logit_cap}", "must be positive", "use None for no cap")
+    if jnp.dtype(softmax_dtype).name not in ("float32", "float64"):
+        raise ConfigError(
+            f"softmax_dtype = {softmax_dtype}", "logits and sums are never below float32",
+            'use "float32"',
+        )
