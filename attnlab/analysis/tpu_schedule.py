@@ -164,7 +164,9 @@ def read(folder: Path, names: list[str]) -> list[Schedule]:
     found, taken = [], dict.fromkeys(names, 0)
     for name in names:
         paths = reports.get(name) or next(
-            (paths for label, paths in sorted(reports.items()) if label.endswith(f"_{name}")), None
+            (paths for label, paths in sorted(reports.items())
+             if label.rstrip("_").endswith(f"_{name}")),  # jvp_NAME_ under a gradient
+            None,
         )
         if not paths:
             raise DataError(

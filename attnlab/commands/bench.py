@@ -50,7 +50,6 @@ def run(args: Args) -> int:
     if target:
         from attnlab.analysis import lab
 
-        args.impl = args.impl.split(",") if args.impl else None
         return lab.main(args)
     from attnlab.analysis import bench_attention
 

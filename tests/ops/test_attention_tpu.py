@@ -210,7 +210,7 @@ def results(f, case: Case, dtype, **options):
 def small_blocks(monkeypatch):
     """Tiles of 128 x 128, so that short rows have several."""
 
-    def small(T, S, H, V, dtype, kind, mask):
+    def small(T, S, H, V, dtype, mask):
         return tpu_blocks.dividing(mask, T + -T % 16 if T < 128 else 128, 128)
 
     monkeypatch.setattr(tpu_blocks, "forward_blocks", small)

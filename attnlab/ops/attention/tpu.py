@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from attnlab.core.dispatch import Device, Implementation
 from attnlab.core.mask import Blocks, MaskMod, conjuncts, parts
 from attnlab.core.staging import split, values
+from attnlab.ops.attention import tpu_blocks  # noqa: F401 - makes its block sizes known
 from attnlab.ops.attention.pairs import capped
 
 DTYPES = ("bfloat16", "float32")

@@ -120,7 +120,7 @@ def _plan(problem: Problem, direction: str, shapes, handed, fixed, grads=(), sin
     B, rows, H, V, K, dtype = shapes
     forward_pass = direction == "forward"
     choose = tpu_blocks.forward_blocks if forward_pass else tpu_blocks.backward_blocks
-    block_q, block_k = choose(rows, problem.S, H, V, dtype, problem.kind, mask)
+    block_q, block_k = choose(rows, problem.S, H, V, dtype, mask)
     T, S, fold = problem.T, problem.S, problem.fold
     if problem.score is not None:
         known = {h.group for h in split(problem.score, T, S).handed}

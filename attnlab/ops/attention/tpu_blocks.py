@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+from attnlab.core.dispatch import Device
 from attnlab.core.mask import Blocks, Mask, conjuncts
+from attnlab.ops.attention import tuning
 
 LANES = 128
 MIB = 2**20
@@ -28,21 +30,65 @@ def _wide(width: int) -> int:
     return -(-width // LANES) * LANES
 
 
-def forward_blocks(T: int, S: int, H: int, V: int, dtype: str, kind: str, mask: Mask):
+def forward_blocks(T: int, S: int, H: int, V: int, dtype: str, mask: Mask) -> tuple[int, int]:
     """``(block_q, block_k)`` of the forward."""
-    most = 1024 if _roomy(H, V, dtype, kind) else 512
-    return dividing(mask, _fitting(T, most, 16), _fitting(S, most, LANES))
+    return _chosen("forward", T, S, H, V, dtype, mask)
 
 
-def backward_blocks(T: int, S: int, H: int, V: int, dtype: str, kind: str, mask: Mask):
-    """``(block_q, block_k)`` of the backward.
+def backward_blocks(T: int, S: int, H: int, V: int, dtype: str, mask: Mask) -> tuple[int, int]:
+    """``(block_q, block_k)`` of the backward."""
+    return _chosen("backward", T, S, H, V, dtype, mask)
 
-    Chips with matrix units 256 wide gain a tenth by larger tiles, the others a fiftieth.
-    """
-    q = k = 512 if _roomy(H, V, dtype, kind) else 256
-    if q == 512 and kind in ("TPU v6 lite", "TPU v6e", "TPU7x"):
-        q, k = (1024, 1024) if _wide(H) + _wide(V) <= 256 else (1024, 512)
-    return dividing(mask, _fitting(T, q, LANES), _fitting(S, k, LANES))
+
+def _chosen(direction: tuning.Direction, T, S, H, V, dtype, mask) -> tuple[int, int]:
+    """Forced, tuned or default sizes, made to divide the blocks of the mask."""
+    key = tuning.Key("tpu", direction, H, V, 1, dtype, T, S, tuning.mask_class(mask))
+    blocks = tuning.choose(key).blocks
+    return dividing(mask, *(blocks[name] for name in _NAMES[direction]))
+
+
+_NAMES = {"forward": ("block_q", "block_k"), "backward": ("block_q_bwd", "block_k_bwd")}
+
+
+def _default(key: tuning.Key) -> tuning.Blocks:
+    """The heuristic. Chips with matrix units 256 wide gain a tenth of the backward by larger tiles,
+    the others a fiftieth."""
+    kind = Device.default().kind
+    roomy = _roomy(key.H, key.V, key.dtype, kind)
+    if key.direction == "forward":
+        most, least = (1024,) * 2 if roomy else (512,) * 2, (16, LANES)
+    elif roomy and kind in ("TPU v6 lite", "TPU v6e", "TPU7x"):
+        narrow = _wide(key.H) + _wide(key.V) <= 256
+        most, least = (1024, 1024 if narrow else 512), (LANES, LANES)
+    else:
+        most, least = (512,) * 2 if roomy else (256,) * 2, (LANES, LANES)
+    sizes = map(_fitting, (key.T, key.S), most, least)
+    return dict(zip(_NAMES[key.direction], sizes))
+
+
+def _candidates(key: tuning.Key) -> list[tuning.Blocks]:
+    sizes = (256, 512, 1024, 2048)
+    found = [
+        dict(zip(_NAMES[key.direction], (q, k))) for q in tuning.fitting(sizes, key.T)
+        for k in tuning.fitting(sizes, key.S) if q * k <= 2**21
+    ]
+    usual = _default(key)
+    return [usual, *(blocks for blocks in found if blocks != usual)]
+
+
+def _refuses(key: tuning.Key, blocks: tuning.Blocks) -> str | None:
+    for name, least in zip(_NAMES[key.direction], (16 if key.direction == "forward" else 128, 128)):
+        if blocks[name] < least or blocks[name] % least:
+            return f"{name} = {blocks[name]} is not a multiple of {least}"
+    return None
+
+
+def _tile(role: str, blocks: tuning.Blocks) -> tuning.Tile:
+    q, k = _NAMES["forward" if role == "forward" else "backward"]
+    return tuning.Tile(blocks[q], blocks[k])
+
+
+tuning.register("tpu", tuning.Space(_default, _candidates, _refuses, _tile))
 
 
 def _roomy(H: int, V: int, dtype: str, kind: str) -> bool:
