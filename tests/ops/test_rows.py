@@ -173,7 +173,8 @@ def ragged(seed: int, segments: int = 3, spread: int = 40, ordered: bool = False
 
 def pulled(f, a, cotangents):
     (o, lse), pull = jax.vjp(f, a)
-    return {"o": o, "lse": lse, "d": pull(tuple(x.astype(o.dtype) for x in cotangents))[0]}
+    do, dlse = cotangents
+    return {"o": o, "lse": lse, "d": pull((do.astype(o.dtype), dlse.astype(lse.dtype)))[0]}
 
 
 @functools.cache
