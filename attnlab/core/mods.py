@@ -228,7 +228,9 @@ def _in_shard(jaxpr: Any, consts: Any, values: Any, axes: frozenset) -> list[Any
     for eqn in jaxpr.eqns:
         given = [read(x) for x in eqn.invars]
         inner = CALLS.get(eqn.primitive.name)
-        if inner is not None:
+        if eqn.primitive.name == "pvary":  # from the trace; here every operand varies already
+            outs = given
+        elif inner is not None:
             closed = eqn.params[inner]
             opened, more = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
             outs = _in_shard(opened, more, given, axes)
