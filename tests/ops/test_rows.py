@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -13,168 +11,37 @@ import pytest
 from flex_cases import bucket
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from attnlab.core.dispatch import Device, Implementation, compiling_for
-from attnlab.core.errors import ConfigError, DtypeError, ImplementationError, ShapeError
-from attnlab.core.mask import (
-    Blocks,
-    Causal,
-    Coords,
-    Full,
-    MaskMod,
-    Prefix,
-    Segments,
-    SinkTokens,
-    Window,
+from rows_cases import (
+    MASKS,
+    SCORES,
+    B,
+    G,
+    K,
+    N,
+    R,
+    S,
+    V,
+    arrays,
+    brute,
+    compare,
+    dense,
+    pulled,
+    ragged,
 )
+
+from attnlab.core.mask import Causal, Coords, Full, MaskMod, SinkTokens, Window
 from attnlab.core.mods import Mod
-from attnlab.core.versions import JAX, enable_x64
-from attnlab.ops.attention import OP, attention, gpu, plan, reference, tpu, tpu_blocks, xla
+from attnlab.core.versions import enable_x64
+from attnlab.ops.attention import attention, xla
 from attnlab.ops.attention.blocks import FULL, NONE, PARTIAL, block_lists
 from attnlab.ops.attention.packed_rows import every_row
 from attnlab.ops.attention.rows import _by_head, _with_sinks, attention_rows
 from attnlab.testing.budget import close, close_trees
 
-B, K, R, S, H, V, N = 2, 2, 21, 30, 8, 4, 6
-G = N // K
-PARAMETERS = {
-    "q": (B, K, R, H), "k": (B, S, K, H), "v": (B, S, K, V), "sinks": (N,), "slope": (N,),
-    "row": (B, N, R), "column": (B, S), "shared": (32,), "table": (N, 32), "bias": (N, S),
-}
-
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     monkeypatch.setattr(xla, "tile_sizes", lambda *_: (8, 8))
-
-
-# Written once: they are traced by the op, and evaluated on whole arrays by the oracle.
-SCORES = {
-    "none": None,
-    "slopes": lambda a: lambda s, h, q, k: s + a["slope"][h] * (k - q),
-    "tokens": lambda a: lambda s, h, q, k, *, batch, q_index, k_index: (
-        s * a["row"][batch, h, q_index] + a["column"][batch, k_index]
-    ),
-    "tables": lambda a: lambda s, h, q, k: (
-        s + a["shared"][bucket(q - k)] + a["table"][h, bucket(k - q)]
-    ),
-    "keys of heads": lambda a: lambda s, h, q, k, *, k_index, q_segment, k_segment: jnp.where(
-        q_segment + k_segment == 2, jnp.sin(s) + a["bias"][h, k_index], s * a["slope"][h]
-    ),
-}
-
-
-def striped(h, q, k, *, batch, q_index):
-    return (q - k + h + batch + q_index) % 3 > 0
-
-
-MASKS = {
-    "causal": (None, lambda c: c["q_pos"] >= c["k_pos"]),
-    "prefixes": (
-        Causal() & Window(9) | Prefix(np.array([3, 0])),
-        lambda c: (c["q_pos"] - c["k_pos"] < 9) & (c["q_pos"] >= c["k_pos"])
-        | (c["k_pos"] < jnp.array([3, 0])[c["batch"]]),
-    ),
-    "by head": (
-        (Causal() | MaskMod.of(lambda h, q, k: h == 1)) & MaskMod.of(striped),
-        lambda c: ((c["q_pos"] >= c["k_pos"]) | (c["head"] == 1)) & striped(
-            c["head"], c["q_pos"], c["k_pos"], batch=c["batch"], q_index=c["q_index"]
-        ),
-    ),
-}
-
-
-def grids(places: dict) -> dict:
-    """Coordinates of all pairs, each broadcasts to ``[B, K, R, S]``."""
-    sides = {}
-    for name, short in (("positions", "pos"), ("segments", "segment")):
-        rows, keys = places[name]
-        sides |= {f"q_{short}": rows[..., None], f"k_{short}": keys[:, None, None]}
-    index = places.get("index")
-    index = jnp.broadcast_to(jnp.arange(R), (B, K, R)) if index is None else index
-    return sides | {
-        "head": places["heads"][..., None], "batch": np.arange(B)[:, None, None, None],
-        "q_index": index[..., None], "k_index": np.arange(S),
-    }
-
-
-def scores(mod: str, a: dict, z, c: dict):
-    if SCORES[mod] is None:
-        return z
-    function = SCORES[mod](a)
-    names = list(inspect.signature(function).parameters)[4:]
-    return function(z, c["head"], c["q_pos"], c["k_pos"], **{n: c[n] for n in names})
-
-
-def dense(a: dict, places: dict, mod: str, mask: str, options: dict):
-    """``(o, lse)`` by the equation, all pairs at once."""
-    c = grids(places)
-    z = options.get("scale", H**-0.5) * jnp.einsum("bkrh,bskh->bkrs", a["q"], a["k"])
-    if cap := options.get("logit_cap"):
-        z = cap * jnp.tanh(z / cap)
-    z = scores(mod, a, z, c)
-    seen = (c["q_segment"] == c["k_segment"]) & (c["q_segment"] > 0)
-    first = (c["k_pos"] < options.get("sink_tokens", 0)) & (c["q_pos"] >= c["k_pos"])
-    seen = jnp.broadcast_to(seen & (MASKS[mask][1](c) | first), z.shape)
-    z = jnp.where(seen, z, -1e30)
-    e = jnp.where(seen, jnp.exp(z - jax.lax.stop_gradient(z.max(-1, keepdims=True))), 0)
-    top = jax.lax.stop_gradient(z.max(-1))
-    total = e.sum(-1)
-    some = total > 0
-    lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), -jnp.inf)
-    o = jnp.einsum("bkrs,bskv->bkrv", e / jnp.where(some, total, 1)[..., None], a["v"])
-    if options.get("sinks"):
-        sink = a["sinks"][places["heads"]]
-        whole = jnp.where(some, jnp.exp(jnp.where(some, lse, 0)), 0) + jnp.exp(sink)
-        o = o * (1 - jnp.exp(sink) / whole)[..., None]
-        lse = jnp.log(whole)
-    return o, lse
-
-
-def brute(a: dict, places: dict, mod: str, mask: str, options: dict):
-    """The same, one row after another, in NumPy."""
-    o, lse = np.zeros((B, K, R, V)), np.full((B, K, R), -np.inf)
-    a = jax.tree.map(np.asarray, a)
-    every = {n: np.broadcast_to(x, (B, K, R, S)) for n, x in grids(places).items()}
-    for at in np.ndindex(B, K, R):
-        c = {n: x[at] for n, x in every.items()}
-        z = options.get("scale", H**-0.5) * (a["k"][at[0], :, at[1]] @ a["q"][at])
-        if cap := options.get("logit_cap"):
-            z = cap * np.tanh(z / cap)
-        z = np.asarray(scores(mod, a, z, c))
-        first = (c["k_pos"] < options.get("sink_tokens", 0)) & (c["q_pos"] >= c["k_pos"])
-        seen = (np.asarray(MASKS[mask][1](c)) | first) & (c["q_segment"] > 0)
-        seen &= c["q_segment"] == c["k_segment"]
-        z, v = z[seen], a["v"][at[0], seen, at[1]]
-        if options.get("sinks"):
-            z, v = np.append(z, a["sinks"][c["head"][0]]), np.append(v, np.zeros((1, V)), 0)
-        if len(z):
-            lse[at] = np.logaddexp.reduce(z)
-            o[at] = np.exp(z - lse[at]) @ v
-    return o, lse
-
-
-def arrays(seed: int) -> dict:
-    rng = np.random.default_rng(seed)
-    a = {n: np.float32(rng.standard_normal(shape)) for n, shape in PARAMETERS.items()}
-    return a | {"slope": a["slope"] * np.float32(0.1)}
-
-
-def ragged(seed: int, segments: int = 3, spread: int = 40, ordered: bool = False) -> dict:
-    """Any heads of the group, any positions, segments with padding, and an index by token."""
-    rng = np.random.default_rng(seed)
-    own = rng.integers(0, G, (B, K, R)) + G * np.arange(K)[:, None]
-    places = {"heads": own, "index": rng.integers(0, R, (B, K, R))}
-    for name, most in (("positions", spread), ("segments", segments + 1)):
-        sides = tuple(rng.integers(0, most, shape) for shape in ((B, K, R), (B, S)))
-        places[name] = tuple(np.sort(x, -1) for x in sides) if ordered else sides
-    return jax.tree.map(np.int32, places)
-
-
-def pulled(f, a, cotangents):
-    (o, lse), pull = jax.vjp(f, a)
-    do, dlse = cotangents
-    return {"o": o, "lse": lse, "d": pull((do.astype(o.dtype), dlse.astype(lse.dtype)))[0]}
 
 
 @functools.cache
@@ -200,14 +67,6 @@ def exact(mod: str, mask: str, options: tuple):
         return pulled(lambda a: dense(a, places, mod, mask, dict(options)), a, cotangents)
 
     return jax.jit(run)
-
-
-def compare(found: dict, expected: dict, dtype: str = "float32") -> None:
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
-        name = jax.tree_util.keystr(path)
-        close(x, y, dtype=dtype, kind="gradient" if "'d'" in name else "op", name=name)
 
 
 def check(seed, places, mod, mask, options, impl, dtype="float32") -> None:
@@ -358,165 +217,6 @@ def test_tiles_of_packed_heads_are_a_triangle():
     lists = block_lists(Causal(), q, k, block_q=64, block_k=16)
     expected = np.select([np.tri(4, k=-1) > 0, np.eye(4) > 0], [FULL, PARTIAL], NONE)
     assert (lists.kinds(4) == expected).all()
-
-
-# Kernels, interpreted -------------------------------------------------------------------------
-
-
-def kernel_case(dtype, name: str):
-    """Packed rows of two groups with padding, slopes and values by token, sinks and a cap."""
-    T, N, K, H = 50, 6, 2, 64
-    keys = iter(jax.random.split(jax.random.key(1), 8))
-    shapes = {
-        "q": (1, T, N, H), "k": (1, T, K, H), "v": (1, T, K, H), "slope": (N,), "sinks": (N,),
-        "gate": (1, N, T),
-    }
-    a = {n: jax.random.normal(next(keys), shape) for n, shape in shapes.items()}
-    a = {n: x.astype(dtype).astype(jnp.float32) if n in "qkv" else x for n, x in a.items()}
-    cotangents = [jax.random.normal(next(keys), (1, T, N, *tail)) for tail in ((H,), ())]
-    segments = jnp.asarray(np.repeat([1, 2, 0], [31, 15, 4]))[None]
-    positions = jnp.asarray(np.r_[:31, :15, :4])[None]
-
-    def mod(a):
-        return lambda s, h, q, k, *, batch, q_index: (
-            s * jnp.tanh(a["gate"][batch, h, q_index]) + 0.1 * a["slope"][h] * (k - q)
-        )
-
-    def f(a, kernel: bool):
-        options = dict(
-            score_mod=mod(a), sink_logits=a["sinks"], logit_cap=5.0, return_lse=True,
-            mask=Causal() & (Window(20) | MaskMod.of(lambda h, q, k: k == h)),
-        )
-        if not kernel:
-            return attention(
-                a["q"], a["k"], a["v"], positions=positions, segments=segments, **options,
-                impl="reference",
-            )
-        rows, (q, k, v) = every_row(1, T, N, K), (a[n].astype(dtype) for n in "qkv")
-        o, lse = attention_rows(
-            rows.take(q), k, v, num_heads=N, impl=name, **rows.keywords(positions, segments),
-            **options,
-        )
-        return rows.put(o), rows.put(lse)
-
-    def run(kernel):
-        return jax.jit(lambda a: pulled(lambda a: f(a, kernel), a, cotangents))(a)
-
-    return run(True), run(False)
-
-
-def install(monkeypatch, name: str, forward, **options) -> None:
-    one = Implementation(name, lambda call: None, functools.partial(forward, **options))
-    monkeypatch.setitem(OP.implementations, name, one)
-
-
-@pytest.mark.skipif(JAX < (0, 11, 2), reason="Mosaic GPU kernels need jax >= 0.11.2")
-def test_the_hopper_kernels_interpreted(monkeypatch):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    interpret = plgpu.InterpretGPUParams(detect_races=True)
-    install(monkeypatch, "interpreted", gpu.forward, interpret=interpret)
-    found, expected = kernel_case("bfloat16", "interpreted")
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
-        x, y = (np.asarray(x, np.float64) for x in (x, y))
-        assert (np.isfinite(x) == np.isfinite(y)).all(), path
-        x, y = (np.nan_to_num(x, neginf=0) for x in (x, y))
-        error = np.linalg.norm(x - y) / np.linalg.norm(y)
-        assert error < 1e-2, f"{jax.tree_util.keystr(path)}: relative error {error:.1e}"
-
-
-def test_the_tpu_kernels_interpreted(monkeypatch):
-    def small(T, S, H, V, dtype, mask):
-        return tpu_blocks.dividing(mask, T + -T % 16 if T < 128 else 128, 128)
-
-    monkeypatch.setattr(tpu_blocks, "forward_blocks", small)
-    monkeypatch.setattr(tpu_blocks, "backward_blocks", lambda T, *rest: small(max(T, 128), *rest))
-    install(monkeypatch, "interpreted", tpu.forward, interpret=True)
-    compare(*kernel_case("float32", "interpreted"))
-
-
-@pytest.mark.parametrize(
-    "mod, groups, reason",
-    [
-        ("slopes", 3, None), ("tokens", 3, None), ("none", 1, None),
-        ("tables", 3, "query and key together"), ("keys of heads", 3, "query and key together"),
-        ("keys of heads", 1, None),  # the group settles the head
-    ],
-)
-@pytest.mark.parametrize("device", [Device("gpu", "NVIDIA H200"), Device("tpu", "TPU v5 lite")])
-def test_what_the_kernels_serve(mod, groups, reason, device, monkeypatch):
-    monkeypatch.setattr(gpu, "JAX", (0, 11, 2))
-    kernel = dataclasses.replace(OP.implementations[device.platform], forward=reference.forward)
-    monkeypatch.setitem(OP.implementations, device.platform, kernel)
-    N, T = 2 * groups, 256
-    sizes = {"row": (1, N, T), "column": (1, T), "bias": (N, T)}
-    a = {n: jnp.ones(s) for n, s in (PARAMETERS | sizes).items() if n not in "qkv"}
-    rows = every_row(1, T, N, 2)
-    seg, k = jnp.ones((1, T), jnp.int32), jnp.ones((1, T, 2, 64), "bfloat16")
-
-    def run(impl):
-        return attention_rows(
-            jnp.ones((1, 2, T * groups, 64), "bfloat16"), k, k, num_heads=N,
-            score_mod=SCORES[mod] and SCORES[mod](a), impl=impl,
-            **rows.keywords(jnp.arange(T)[None], seg),
-        )
-
-    with compiling_for(device):
-        if reason is None:
-            jax.eval_shape(lambda: run(device.platform))
-            return
-        with pytest.raises(ImplementationError, match=reason):
-            jax.eval_shape(lambda: run(device.platform))
-
-
-# Bad arguments --------------------------------------------------------------------------------
-
-
-def arguments(**changes):
-    a, places = arrays(0), ragged(0)
-    return {n: a[n] for n in "qkv"} | {"num_heads": N} | places | changes
-
-
-TWO = np.zeros((B, K, R, 2, 2), np.float32)
-
-
-@pytest.mark.parametrize(
-    "changes, error, message",
-    [
-        ({"q": TWO}, ShapeError, r"must be \[B, K, R, H\], \[B, S, K, H\]"),
-        ({"k": arrays(0)["v"]}, ShapeError, r"must be \[B, K, R, H\]"),
-        ({"v": np.zeros((B, S, 1, V), "f4")}, ShapeError, r"\[B, S, K, V\]"),
-        ({"v": np.zeros((B, S, K, V), "f2")}, DtypeError, "must agree"),
-        ({"num_heads": 5}, ShapeError, "num_heads = 5 over K = 2"),
-        ({"num_heads": 4}, ConfigError, r"heads\[.*the heads of group . are"),
-        ({"heads": np.zeros((B, K, R), np.int32)}, ConfigError,
-         r"heads\[0, 1, 0\] = 0: the heads of group 1 are 3 to 5"),
-        ({"heads": np.zeros((B, R), np.int32)}, ShapeError, "heads has shape"),
-        ({"heads": np.zeros((B, K, R))}, DtypeError, "heads has dtype float64"),
-        ({"index": np.zeros((B, R), np.int32)}, ShapeError, "index has shape"),
-        ({"positions": np.zeros((B, S), np.int32)}, ConfigError, "rows and keys have their own"),
-        ({"positions": ragged(0)["positions"][::-1]}, ShapeError, "row positions has shape"),
-        ({"segments": (np.zeros((B, K, R)),) * 2}, DtypeError, "row segments has dtype"),
-        ({"segments": None, "mask": Segments()}, ConfigError, "segments = None"),
-        ({"mask": Blocks(np.zeros((1, 1, 3, 1), np.int32), 8, 8)}, ConfigError,
-         "mask is a Blocks: its lists are of blocks of tokens"),
-        ({"mask": Causal() | Blocks(np.zeros((1, 1, 3, 1), np.int32), 8, 8)}, ConfigError,
-         "mask is a Blocks"),
-        ({"mask": plan(batch=B, heads=N, length=R)}, ConfigError, "mask is a Planned"),
-        ({"mask": 3}, ConfigError, "mask is a int"),
-        ({"mask": Prefix(np.zeros(3, np.int32))}, ShapeError, "Prefix.length has shape"),
-        ({"mask": MaskMod(Mod.of(striped).at(heads=np.arange(4)))}, ShapeError, "the call has 6"),
-        ({"score_mod": 3}, ConfigError, "score_mod is a int"),
-        ({"sink_logits": np.zeros(3, np.float32)}, ShapeError, r"must be \[N\] = \(6,\)"),
-        ({"logit_cap": -1.0}, ConfigError, "logit_cap = -1.0"),
-        ({"impl": "splash"}, ImplementationError, "splash"),
-    ],
-)
-def test_bad_arguments_raise(changes, error, message):
-    with pytest.raises(error, match=message):
-        attention_rows(**arguments(**changes))
 
 
 def test_numbers_of_rows_and_heads_of_a_shard():
