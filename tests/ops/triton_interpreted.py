@@ -1,11 +1,10 @@
 """In a process of its own: the Triton kernels in Triton's CPU interpreter, against fp64.
 
-    TRITON_INTERPRET=1 python -m tests.ops.triton_interpreted
+    TRITON_INTERPRET=1 python -m tests.ops.triton_interpreted 0/3     (every third case from 0 on)
 
-Prints a JSON object: case -> result -> (error, error of the reference in fp16, size), each the
-largest absolute number. The kernels are launched by the implementation itself, with its grids and
-constants; only the launcher is another. The interpreter multiplies the bits of bfloat16 (triton
-3.6), hence float16.
+Prints a JSON object: case -> result -> (error, error of the reference in the same dtype, size),
+each the largest absolute number. The kernels are launched by the implementation itself, with its
+grids and constants; only the launcher is another.
 """
 
 from __future__ import annotations
@@ -31,20 +30,36 @@ from attnlab.core.mask import (
     Window,
 )
 from attnlab.core.versions import enable_x64
-from attnlab.ops.attention import reference, triton, tuning
+from attnlab.ops.attention import plan, reference, triton, tuning
 from attnlab.testing.budget import error
 
-TYPES = {"float16": tl.float16, "float32": tl.float32, "int32": tl.int32}
+TYPES = {
+    "bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32, "int32": tl.int32,
+}
 ONE = threading.Lock()  # the interpreter keeps its state in a module
 
 
+# Triton 3.6 makes loop bounds from arrays of one element, which numpy 2.5 refuses, and multiplies
+# the bits of bfloat16 as if they were integers.
+
+
 def _index_tensors(tensor, scope, patch=interpreter._patch_lang_tensor):
-    """Triton 3.6 makes loop bounds from arrays of one element, which numpy 2.5 refuses."""
     patch(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def _dot(self, a, b, acc, *rest, dot=interpreter.InterpreterBuilder.create_dot):
+    def floats(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        wide = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(wide, tl.float32)
+
+    return dot(self, floats(a), floats(b), acc, *rest)
+
+
 interpreter._patch_lang_tensor = _index_tensors
+interpreter.InterpreterBuilder.create_dot = _dot
 
 
 def interpreted(call: triton.Launch):
@@ -98,16 +113,21 @@ CASES = {
     "no key at all": dict(shape=(1, 40, 40, 1, 1, 16, 16), mask=Prefix(0)),
     "negative scale": dict(shape=(1, 40, 40, 1, 1, 16, 16), scale=-0.3, mask=Causal()),
     "scale 0": dict(shape=(1, 40, 40, 1, 1, 16, 16), scale=0.0, mask=Causal()),
-    "wide": dict(shape=(1, 40, 40, 1, 1, 192, 128), mask=Causal()),
+    "wide": dict(shape=(1, 40, 40, 1, 1, 192, 128)),
+    "bfloat16": dict(
+        shape=(1, 75, 75, 4, 2, 24, 16), dtype="bfloat16", mask=Causal() & Window(40), sink=True,
+        cap=2.0,
+    ),
+    "planned": dict(shape=(1, 64, 64, 2, 2, 16, 16), planned=True),
 }
 
 
 def arguments(case):
-    """Arrays in fp64 and the keywords of ``forward``."""
+    """Arrays, their cotangents and the keywords of ``forward``."""
     B, T, S, N, K, H, V = case["shape"]
     rng = np.random.default_rng(0)
     shapes = (B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V), (B, T, N), (N,)
-    q, k, v, do, dlse, sink = (rng.normal(size=s).astype(np.float16) for s in shapes)
+    q, k, v, do, dlse, sink = (rng.normal(size=s).astype(np.float32) for s in shapes)
     mask, layout, segments = case.get("mask", Causal()), "full", (None, None)
     sides = [np.tile(np.arange(n), (B, 1)) for n in (T, S)]
     if "lengths" in case:
@@ -119,6 +139,8 @@ def arguments(case):
     if case.get("segments"):
         segments = [np.sort(rng.integers(0, 4, size=(B, n)), 1) for n in (T, S)]
     mask = mask if segments[0] is None else mask & Segments()
+    if case.get("planned"):
+        mask = plan(mask, batch=B, heads=N, length=T, block_q=32, block_k=16)
     coords = [
         Coords(
             jnp.asarray(p, jnp.int32), None if s is None else jnp.asarray(s, jnp.int32),
@@ -136,8 +158,10 @@ def arguments(case):
 def run(forward, case, dtype, softmax_dtype):
     """``(o, lse, dq, dk, dv, dsink)``, with cotangents on o and lse."""
     primals, (do, dlse), keywords = arguments(case)
-    *qkv, sink = (None if x is None else jnp.asarray(x, dtype) for x in primals)
-    sink = None if sink is None else sink.astype(softmax_dtype)
+    *qkv, sink = primals
+    given = case.get("dtype", "float16")  # what all of them are rounded to
+    qkv = [jnp.asarray(x, given).astype(dtype) for x in qkv]
+    sink = None if sink is None else jnp.asarray(sink, softmax_dtype)
 
     def loss(q, k, v, sink):
         o, lse = forward(
@@ -146,21 +170,23 @@ def run(forward, case, dtype, softmax_dtype):
         seen = jnp.where(jnp.isfinite(lse), lse, 0)
         return (o.astype(softmax_dtype) * do).sum() + (seen * dlse).sum(), (o, lse)
 
-    given = (0, 1, 2) if sink is None else (0, 1, 2, 3)
-    (_, outs), grads = jax.jit(jax.value_and_grad(loss, given, has_aux=True))(*qkv, sink)
+    by = (0, 1, 2) if sink is None else (0, 1, 2, 3)
+    (_, outs), grads = jax.jit(jax.value_and_grad(loss, by, has_aux=True))(*qkv, sink)
     return dict(zip(("o", "lse", "dq", "dk", "dv", "dsink"), map(np.asarray, (*outs, *grads))))
 
 
-def main(names: list[str]) -> dict:
+def main(part: str) -> dict:
     sizes = {f"{name}{end}": size for end in ("", "_dq", "_dkv")
              for name, size in (("block_q", 32), ("block_k", 16))}
     found = {}
-    for name in names or CASES:
+    first, step = map(int, part.split("/"))
+    for name in list(CASES)[first::step]:
         case = CASES[name]
+        dtype = case.get("dtype", "float16")
         with tuning.forcing(sizes):
             kernel = functools.partial(triton.forward, launch=interpreted)
-            ours = run(kernel, case, "float16", "float32")
-        rough = run(reference.forward, case, "float16", "float32")
+            ours = run(kernel, case, dtype, "float32")
+        rough = run(reference.forward, case, dtype, "float32")
         with enable_x64():
             exact = run(reference.forward, case, "float64", "float64")
         found[name] = {
@@ -172,4 +198,4 @@ def main(names: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1:])))
+    print(json.dumps(main(sys.argv[1])))

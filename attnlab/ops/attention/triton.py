@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from attnlab.core.dispatch import Implementation
+from attnlab.core.dispatch import Device, Implementation
 from attnlab.core.mask import Blocks, MaskMod, parts
 from attnlab.ops.attention import triton_mask, tuning
 from attnlab.ops.attention.blocks import BlockLists, Runs, block_lists
@@ -104,7 +104,8 @@ def on_device(call: Launch) -> Sequence[jax.Array]:
 
     return jax_triton.triton_call(
         *call.arrays, kernel=call.kernel, out_shape=call.outs, grid=call.grid,
-        num_warps=call.warps, num_stages=call.stages, name=call.kernel.__name__, **call.constants,
+        num_warps=call.warps, num_stages=call.stages, name=call.kernel.__name__,
+        compute_capability=capability(Device.default().kind), **call.constants,
     )
 
 

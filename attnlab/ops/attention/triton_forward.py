@@ -2,7 +2,7 @@
 
 It visits the tiles of keys in the order of the block lists, keeps the running maximum ``m``, the sum
 ``l`` and the accumulator (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv
-2205.14135), and evaluates the mask on partial tiles only. Logits are in units of log 2.
+2205.14135), and evaluates the mask on partial tiles only. ``m`` is in units of log 2.
 
 This module needs triton: import it where a kernel is launched.
 """
@@ -42,6 +42,7 @@ def _add_tiles(
 ):
     """``(acc, m, l)`` with the tiles of one kind of a row."""
     uneven: tl.constexpr = MASKED and S % BLOCK_K != 0
+    unit: tl.constexpr = (1.0 if CAP > 0 else SCALE) * LOG2E
     start, end = run_range(rows, b, row, ROWS_STRIDE)
     for e in range(start, end):
         first, last = run_of(runs, b, e, RUNS_STRIDE)
@@ -50,10 +51,7 @@ def _add_tiles(
             keys = load_tile(k, k0, S, H, K * H, BLOCK_K, BLOCK_H, uneven)
             s = tl.dot(q, tl.trans(keys))
             if CAP > 0:
-                z, _ = capped(s, SCALE, CAP)
-                z = z * LOG2E
-            else:
-                z = s * (SCALE * LOG2E)
+                s, _ = capped(s, SCALE, CAP)
             if MASKED:
                 q_at = row * BLOCK_Q + tl.arange(0, BLOCK_Q)
                 k_at = k0 + tl.arange(0, BLOCK_K)
@@ -61,9 +59,10 @@ def _add_tiles(
                     low, high, q_segments, k_positions, k_segments, b, q_at, k_at, T, S, CLAUSES,
                     FLAGS, PLACES, False,
                 )
-                z = tl.where(seen, z, float("-inf"))
-            top = tl.maximum(m, tl.max(z, 1))
-            p = tl.exp2(z - top[:, None])
+                s = tl.where(seen, s, float("-inf"))
+            # The unit is positive: it need not touch the tile before the one multiply-add here.
+            top = tl.maximum(m, tl.max(s, 1) * unit)
+            p = tl.exp2(s * unit - top[:, None])
             alpha = tl.exp2(m - top)
             l = l * alpha + tl.sum(p, 1)
             acc = acc * alpha[:, None]

@@ -11,14 +11,13 @@ import re
 from attnlab.core.dispatch import Device
 from attnlab.ops.attention import tuning
 
-# Compute capability by the name of the device, and the shared memory of a block there.
+# Compute capability by the name of the device.
 KINDS = {
     80: r"\b(A100|A800|A30)\b",
     86: r"\b(A10G?|A16|A2|A40|RTX A\d000|RTX 30\d0)\b",
     89: r"\b(L4|L20|L40S?|RTX 40\d0|Ada)\b",
     90: r"\b(H100|H200|H800|H20|GH200)\b",
 }
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
 NAMES = ("block_q", "block_k", "warps", "stages")
 
 
@@ -32,23 +31,29 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-# (block_q, block_k, warps, stages) of the forward, dq, and dk with dv, by the wider of H and V.
-_ROOMY = {  # 163 KB of shared memory or more
+# (block_q, block_k, warps, stages) of the forward, dq, and dk with dv, by the wider of H and V:
+# large tiles that the compiler fits without (or nearly without) spilling registers.
+_HOPPER = {
+    64: ((128, 128, 4, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
+    128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
+    256: ((128, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2)),
+}
+_A100 = {
     64: ((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
     128: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
-    256: ((128, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    256: ((128, 32, 8, 3), (64, 32, 8, 2), (32, 64, 8, 2)),
 }
-_TIGHT = {  # 99 KB
-    64: ((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
-    128: ((128, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
-    256: ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+_SMALL = {  # 99 KB of shared memory
+    64: ((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    128: ((128, 32, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
+    256: ((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
 }
+_TABLES = {80: _A100, 86: _SMALL, 89: _SMALL, 90: _HOPPER}
 
 
 def sizes(key: tuning.Key) -> tuning.Blocks:
     """The heuristic."""
-    cc = capability(Device.default().kind) or 80
-    table = _TIGHT if SHARED_KB[cc] < 128 else _ROOMY
+    table = _TABLES[capability(Device.default().kind) or 80]
     forward, dq, dkv = table[max(64, padded(max(key.H, key.V)))]
     if key.direction == "forward":
         return dict(zip(NAMES, forward))
