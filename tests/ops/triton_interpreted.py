@@ -66,8 +66,8 @@ def interpreted(call: triton.Launch):
     """Run a kernel in the interpreter, on the host."""
 
     def pointer(x: np.ndarray):
-        kind = tl.pointer_type(TYPES[x.dtype.name])
-        return tl.tensor(interpreter.TensorHandle(np.asarray([x.ctypes.data], np.uint64), kind), kind)
+        kind, at = tl.pointer_type(TYPES[x.dtype.name]), np.asarray([x.ctypes.data], np.uint64)
+        return tl.tensor(interpreter.TensorHandle(at, kind), kind)
 
     def host(*arrays):
         arrays = [np.ascontiguousarray(x) for x in arrays]

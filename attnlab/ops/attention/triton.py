@@ -184,7 +184,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _run(static: _Static, kernel, arrays, outs, blocks, end: str, fixed):
     """Launch a kernel over its rows of tiles, for each head and row of the batch."""
     mask, q_coords, k_coords = fixed
-    q, k, v = arrays[:3]
+    q, _, v = arrays[:3]
     B, T, N, H = q.shape
     S, K, V = v.shape[1:]
     block_q, block_k, warps, stages = (blocks[name + end] for name in NAMES)

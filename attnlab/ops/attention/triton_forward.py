@@ -1,14 +1,14 @@
 """Forward kernel in Triton: a program owns one tile of queries of one head.
 
-It visits the tiles of keys in the order of the block lists, keeps the running maximum ``m``, the sum
-``l`` and the accumulator (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv
-2205.14135), and evaluates the mask on partial tiles only. ``m`` is in units of log 2.
+It visits the tiles of keys in the order of the block lists, keeps the running maximum ``m`` (in
+units of log 2), the sum ``l`` and the accumulator (Milakov & Gimelshein 2018, arXiv 1805.02867; Dao
+et al. 2022, arXiv 2205.14135), and evaluates the mask on partial tiles only.
 
 This module needs triton: import it where a kernel is launched.
 """
 
 # Inside triton.jit nothing has a type that a checker can follow.
-# pyright: basic, reportMissingImports=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
 

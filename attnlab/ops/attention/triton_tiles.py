@@ -4,7 +4,7 @@ This module needs triton: import it where a kernel is launched.
 """
 
 # Inside triton.jit nothing has a type that a checker can follow.
-# pyright: basic, reportMissingImports=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
 # pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
 
