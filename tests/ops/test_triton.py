@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton_cases
 
 from attnlab.core.dispatch import Device, compiling_for
 from attnlab.core.errors import UnsupportedError
@@ -184,11 +185,7 @@ def test_interpreted(part, root, tmp_path):
     )
     assert len(found) >= 5
     for case, results in found.items():
-        eps = float(jnp.finfo("bfloat16" if case == "bfloat16" else "float16").eps)
-        for name, (error, own, size) in results.items():
-            allowed = 2 * own + 4 * eps * size
-            assert error <= allowed, f"{case}: {name} is off by {error:.2e}, allowed {allowed:.2e}"
-        assert all(results[name][2] > 0 for name in ("o", "dv")) or case == "no key at all"
+        triton_cases.judge(case, triton_cases.CASES[case], results)
 
 
 SHARED_KB = {80: 163, 89: 99, 90: 227}

@@ -2,9 +2,8 @@
 
     TRITON_INTERPRET=1 python -m tests.ops.triton_interpreted 0/3     (every third case from 0 on)
 
-Prints a JSON object: case -> result -> (error, error of the reference in the same dtype, size),
-each the largest absolute number. The kernels are launched by the implementation itself, with its
-grids and constants; only the launcher is another.
+Prints a JSON object: case -> what ``triton_cases.errors`` says. The kernels are launched by the
+implementation itself, with its grids and constants; only the launcher is another.
 """
 
 from __future__ import annotations
@@ -15,23 +14,12 @@ import sys
 import threading
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-from attnlab.core.mask import (
-    Causal,
-    Coords,
-    Full,
-    Prefix,
-    Segments,
-    SinkTokens,
-    Window,
-)
-from attnlab.core.versions import enable_x64
-from attnlab.ops.attention import plan, reference, triton, tuning
-from attnlab.testing.budget import error
+from attnlab.ops.attention import triton, tuning
+from tests.triton_cases import CASES, errors
 
 TYPES = {
     "bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32, "int32": tl.int32,
@@ -79,122 +67,13 @@ def interpreted(call: triton.Launch):
     return jax.pure_callback(host, list(call.outs), *call.arrays)
 
 
-def packed(T: int, lengths: tuple[int, ...]):
-    """Documents of these lengths end to end, the rest padding."""
-    left = T - sum(lengths)
-    segments = np.repeat([*range(1, len(lengths) + 1), 0], [*lengths, left])
-    places = np.concatenate([np.arange(n) for n in (*lengths, left)])
-    return places, segments
-
-
-# B, T, S, N, K, H, V
-CASES = {
-    "causal": dict(shape=(1, 64, 64, 2, 2, 16, 16)),
-    "gqa, uneven, padded widths, 2 rows": dict(shape=(2, 75, 75, 4, 2, 24, 40)),
-    "full, sink, cap": dict(shape=(1, 50, 50, 2, 1, 16, 16), mask=Full(), sink=True, cap=2.0),
-    "window 1": dict(shape=(1, 50, 50, 1, 1, 16, 16), mask=Causal() & Window(1)),
-    "window, sink tokens": dict(
-        shape=(1, 90, 90, 2, 1, 16, 16), mask=Causal() & (Window(20) | SinkTokens(3)), sink=True,
-    ),
-    "window on both sides": dict(shape=(1, 90, 90, 1, 1, 16, 16), mask=Window(9, 14)),
-    "prefix a row": dict(
-        shape=(2, 70, 70, 1, 1, 16, 16), mask=Causal() | Prefix(np.asarray([5, 40], np.int32)),
-    ),
-    "packed": dict(shape=(1, 100, 100, 2, 2, 16, 16), lengths=(40, 5, 48), mask=Causal()),
-    "packed, window, sink tokens, cap": dict(
-        shape=(1, 100, 100, 2, 1, 16, 16), lengths=(60, 3, 30), cap=3.0,
-        mask=Causal() & Window(16) | SinkTokens(2),
-    ),
-    "any positions, T over S": dict(shape=(2, 70, 45, 2, 1, 16, 16), mask=Causal(), shuffled=True),
-    "any, segments, S over T": dict(
-        shape=(2, 40, 90, 2, 1, 16, 16), mask=Causal() & Window(30), shuffled=True, segments=True,
-        sink=True,
-    ),
-    "no key at all": dict(shape=(1, 40, 40, 1, 1, 16, 16), mask=Prefix(0)),
-    "negative scale": dict(shape=(1, 40, 40, 1, 1, 16, 16), scale=-0.3, mask=Causal()),
-    "scale 0": dict(shape=(1, 40, 40, 1, 1, 16, 16), scale=0.0, mask=Causal()),
-    "wide": dict(shape=(1, 40, 40, 1, 1, 192, 128)),
-    "bfloat16": dict(
-        shape=(1, 75, 75, 4, 2, 24, 16), dtype="bfloat16", mask=Causal() & Window(40), sink=True,
-        cap=2.0,
-    ),
-    "planned": dict(shape=(1, 64, 64, 2, 2, 16, 16), planned=True),
-}
-
-
-def arguments(case):
-    """Arrays, their cotangents and the keywords of ``forward``."""
-    B, T, S, N, K, H, V = case["shape"]
-    rng = np.random.default_rng(0)
-    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V), (B, T, N), (N,)
-    q, k, v, do, dlse, sink = (rng.normal(size=s).astype(np.float32) for s in shapes)
-    mask, layout, segments = case.get("mask", Causal()), "full", (None, None)
-    sides = [np.tile(np.arange(n), (B, 1)) for n in (T, S)]
-    if "lengths" in case:
-        places, ids = packed(T, case["lengths"])
-        sides, segments, layout = [places[None]] * 2, (ids[None],) * 2, "packed"
-    if case.get("shuffled"):
-        sides = [rng.integers(0, max(T, S), size=(B, n)) for n in (T, S)]
-        layout = "any"
-    if case.get("segments"):
-        segments = [np.sort(rng.integers(0, 4, size=(B, n)), 1) for n in (T, S)]
-    mask = mask if segments[0] is None else mask & Segments()
-    if case.get("planned"):
-        mask = plan(mask, batch=B, heads=N, length=T, block_q=32, block_k=16)
-    coords = [
-        Coords(
-            jnp.asarray(p, jnp.int32), None if s is None else jnp.asarray(s, jnp.int32),
-            jnp.arange(p.shape[1], dtype=jnp.int32),
-        )
-        for p, s in zip(sides, segments)
-    ]
-    keywords = dict(
-        mask=mask.bound(B, N), score=None, q_coords=coords[0], k_coords=coords[1],
-        scale=case.get("scale", H**-0.5), logit_cap=case.get("cap"), return_lse=True, layout=layout,
-    )
-    return (q, k, v, sink if case.get("sink") else None), (do, dlse), keywords
-
-
-def run(forward, case, dtype, softmax_dtype):
-    """``(o, lse, dq, dk, dv, dsink)``, with cotangents on o and lse."""
-    primals, (do, dlse), keywords = arguments(case)
-    *qkv, sink = primals
-    given = case.get("dtype", "float16")  # what all of them are rounded to
-    qkv = [jnp.asarray(x, given).astype(dtype) for x in qkv]
-    sink = None if sink is None else jnp.asarray(sink, softmax_dtype)
-
-    def loss(q, k, v, sink):
-        o, lse = forward(
-            q, k, v, sink_logits=sink, softmax_dtype=jnp.dtype(softmax_dtype), **keywords
-        )
-        seen = jnp.where(jnp.isfinite(lse), lse, 0)
-        return (o.astype(softmax_dtype) * do).sum() + (seen * dlse).sum(), (o, lse)
-
-    by = (0, 1, 2) if sink is None else (0, 1, 2, 3)
-    (_, outs), grads = jax.jit(jax.value_and_grad(loss, by, has_aux=True))(*qkv, sink)
-    return dict(zip(("o", "lse", "dq", "dk", "dv", "dsink"), map(np.asarray, (*outs, *grads))))
-
-
 def main(part: str) -> dict:
     sizes = {f"{name}{end}": size for end in ("", "_dq", "_dkv")
              for name, size in (("block_q", 32), ("block_k", 16))}
-    found = {}
     first, step = map(int, part.split("/"))
-    for name in list(CASES)[first::step]:
-        case = CASES[name]
-        dtype = case.get("dtype", "float16")
-        with tuning.forcing(sizes):
-            kernel = functools.partial(triton.forward, launch=interpreted)
-            ours = run(kernel, case, dtype, "float32")
-        rough = run(reference.forward, case, dtype, "float32")
-        with enable_x64():
-            exact = run(reference.forward, case, "float64", "float64")
-        found[name] = {
-            what: (error(ours[what], x), error(rough[what], x),
-                   float(np.abs(x[np.isfinite(x)]).max(initial=0)))
-            for what, x in exact.items()
-        }
-    return found
+    kernel = functools.partial(triton.forward, launch=interpreted)
+    with tuning.forcing(sizes):
+        return {name: errors(kernel, CASES[name]) for name in list(CASES)[first::step]}
 
 
 if __name__ == "__main__":
