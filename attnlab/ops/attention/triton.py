@@ -27,6 +27,7 @@ from attnlab.ops.attention.triton_sizes import KINDS, NAMES, capability, padded
 
 HALF = ("bfloat16", "float16")
 MOST_WIDTH, MOST_CLAUSES = 256, 8
+MOST_PROGRAMS = 2**16 - 1  # of a CUDA grid along its second and third axis
 # (jax, jax-triton, triton): jax-triton speaks to private parts of both, so other triples may break.
 TESTED = (("0.11.2", "0.3.1", "3.6.0"),)
 LOG2E = float(np.log2(np.e))
@@ -51,6 +52,8 @@ def _limits(call):
         yield width % 8 > 0 or not 8 <= width <= MOST_WIDTH, (
             f"{name} = {width} is not a multiple of 8 up to {MOST_WIDTH}"
         )
+    for name, size in (("N", call.N), ("B", call.B)):
+        yield size > MOST_PROGRAMS, f"{name} = {size}, served up to {MOST_PROGRAMS}"
     yield call.score is not None, "a score_mod is not served"
     for part in parts(call.mask):
         yield isinstance(part, MaskMod), "a mask_mod is not served"

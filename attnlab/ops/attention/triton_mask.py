@@ -108,7 +108,8 @@ def bounds(mask: Mask, q: jax.Array) -> tuple[jax.Array | None, jax.Array | None
         ahead = min(mask.ahead, MOST)
         return low, jnp.minimum(q, MOST - ahead) + ahead
     if isinstance(mask, Prefix):
-        return None, jnp.broadcast_to(jnp.reshape(mask.length, (-1, 1)) - 1, q.shape)
+        length = jnp.asarray(mask.length, jnp.int32).reshape(-1, 1)
+        return None, jnp.broadcast_to(length - 1, q.shape)
     if isinstance(mask, SinkTokens):
         return None, jnp.minimum(q, mask.count - 1)
     raise UnsupportedError(
