@@ -33,7 +33,6 @@ CALLS = {
     "64": ("bfloat16", 64, 64, 4, 4, Causal(), None, "full", 2048),
     "128": ("bfloat16", 128, 128, 4, 1, Causal(), None, "full", 2048),
     "192/128": ("bfloat16", 192, 128, 2, 2, Causal(), None, "full", 2048),
-    "256": ("bfloat16", 256, 256, 2, 1, Causal(), None, "full", 2048),
     "128 packed window cap odd": (
         "float16", 128, 128, 4, 2, (Causal() & Window(100) | SinkTokens(2)) & Segments(), 30.0,
         "packed", 1999,
