@@ -17,6 +17,10 @@ EXTRAS = (
 )
 # fsspec too, but etils (under orbax and grain) tries it by itself and goes on without it.
 BLOCKED = (*EXTRAS, "fsspec")
+# Sources that triton compiles; what launches them imports them then.
+KERNELS = tuple(
+    f"attnlab.ops.attention.triton_{name}" for name in ("tiles", "forward", "backward")
+)
 
 IMPORT_ALL = f"""
 import importlib, pathlib, sys
@@ -25,8 +29,16 @@ for name in {BLOCKED!r}:
 import attnlab
 for path in sorted(pathlib.Path(attnlab.__file__).parent.rglob("*.py")):
     parts = path.relative_to({str(ROOT)!r}).with_suffix("").parts
-    if parts[-1] != "__main__":
-        importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    if name in {KERNELS!r}:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            assert error.name == "triton", error
+        else:
+            raise AssertionError(name + " imports without triton: take it off the list")
+    elif parts[-1] != "__main__":
+        importlib.import_module(name)
 for name in attnlab.__all__:
     getattr(attnlab, name)
 assert set(attnlab.__all__) <= set(dir(attnlab))

@@ -27,7 +27,7 @@ MINIMUM = {
 EXTRAS = {
     "gpu": ("jax-cuda13-plugin", "jax-cuda12-plugin"),
     "tpu": ("libtpu",),
-    "triton": ("jax-triton",),
+    "triton": ("jax-triton", "triton"),
     "kernels": ("tokamax",),
     "hf": ("safetensors", "tokenizers"),
     "tb": ("tensorboardX",),

@@ -63,7 +63,7 @@ def packed(B: int, T: int):
     return jnp.tile(positions.astype(np.int32), (B, 1)), jnp.tile(segments.astype(np.int32), (B, 1))
 
 
-@pytest.mark.parametrize("impl", ["gpu", "cudnn", "tokamax", "xla"])
+@pytest.mark.parametrize("impl", ["gpu", "cudnn", "tokamax", "triton", "xla"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_the_reference(impl, shape, case):

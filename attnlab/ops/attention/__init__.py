@@ -34,7 +34,7 @@ from attnlab.core.linear import widened
 from attnlab.core.mask import Coords, Mask
 from attnlab.core.mods import Mod, Program
 from attnlab.core.types import Layout
-from attnlab.ops.attention import gpu, reference, tpu, vendor, xla
+from attnlab.ops.attention import gpu, reference, tpu, triton, vendor, xla
 from attnlab.ops.attention.inputs import check_options, composed, coordinates
 from attnlab.ops.attention.planned import Planned, plan
 
@@ -84,6 +84,7 @@ OP = Op(
         Implementation("xla", _always, xla.forward, step=xla.step),
         *gpu.IMPLEMENTATIONS,
         tpu.IMPLEMENTATION,
+        triton.IMPLEMENTATION,
         *vendor.IMPLEMENTATIONS,
     ],
     {
