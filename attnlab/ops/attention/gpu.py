@@ -195,7 +195,7 @@ def _whole(x, numbers: int = 64):
 
 
 def forward_config(H: int, V: int, value_is_prefix: bool = False, dense: bool = False):
-    """Sizes of the forward kernel. dense: a tile of values by query and key is read beside."""
+    """Sizes of the forward kernel. dense: values by query and key are held beside the logits."""
     from attnlab.ops.attention import gpu_widths
     from attnlab.ops.attention.gpu_forward import Config
 
@@ -203,10 +203,12 @@ def forward_config(H: int, V: int, value_is_prefix: bool = False, dense: bool = 
         return gpu_widths.forward_config(H, V, value_is_prefix)
     if max(H, V) > 192 or V > 128:
         return Config(128, 64, 2)
+    if dense and max(H, V) > 64:
+        return Config(128, 64, 4)
     return Config(128, 128, 4 if max(H, V) <= 64 else 2)
 
 
-def backward_configs(H: int, V: int, score: Body | None = None):
+def backward_configs(H: int, V: int, score: Body | None = None, dense: bool = False):
     """Sizes of the kernel for dq and of the one for dk and dv, by measurement on an H200.
 
     With a score function both are short of registers: smaller tiles, and turns only where it reads
@@ -221,9 +223,9 @@ def backward_configs(H: int, V: int, score: Body | None = None):
         return gpu_widths.backward_configs(H, V)
     if max(H, V) > 128:
         return Config(128, 64, 2, turns=False), Config(64, 128, 2, turns=False)
-    if score is None:
+    if score is None and not dense:
         return Config(128, 128, 2, turns=False), Config(64, 128, 3)
-    places = bool((score.coordinates - {"score"}) | score.floats) or bool(score.handed)
+    places = dense or bool((score.coordinates - {"score"}) | score.floats | set(score.handed))
     return Config(128, 64, 3, turns=False), Config(64, 128, 3, turns=places)
 
 

@@ -183,7 +183,7 @@ def _gradients(static, asked: _Asked, q, k, v, do, base2, delta, handed, fixed):
             "train the expanded form (heads up to 256), or use impl='xla'",
         )
     grads, plans = [], []
-    configs = gpu.backward_configs(H, V, static.score)
+    configs = gpu.backward_configs(H, V, static.score, static.dense)
     for kernel, config, transposed in gpu_widths.backward_of(*configs):
         plan, lists, order, operands = _prepared(
             static, config, handed, fixed, transposed, asked.handed

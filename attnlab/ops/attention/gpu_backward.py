@@ -31,6 +31,7 @@ from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_dense import clear_absent
 from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, total, visit
 from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Plan, Tile
+from attnlab.ops.attention.pairs import with_plain_sums
 
 COLUMN = LAYOUT.reduce(0)
 ROW_GROUPS = ("heads", "rows", "distances")
@@ -108,7 +109,8 @@ def pull_scores(tile: Tile, s, wanted: tuple[int, ...]):
         return body(known | {"score": (s, "tile")}, given, tile.lift)
 
     tiles = [tile.lift(*handed[i], "tile") for i in wanted]
-    return jax.vjp(modified, s, *tiles)
+    z, pull = jax.vjp(modified, s, *tiles)
+    return z, lambda dz: with_plain_sums(pull, dz)
 
 
 def row_cotangents(tile: Tile, s, dp, lse, delta, sums, masked: bool, dtype, tables=()):
@@ -267,7 +269,7 @@ def grad_q(
                 q_smem[wg] = (dq * plan.scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem.at[wg], results[0].at[at])
-                for out, x in zip(results[1:], sums):
+                for out, x in zip(results[1 : 1 + len(sums)], sums, strict=True):
                     out[vector] = x
                 plgpu.wait_smem_to_gmem(0)
 
@@ -368,21 +370,19 @@ def grad_kv(
                     dk, dv, sums, it = carry
                     slot = lax.rem(it, stages)
 
-                    tile = Tile(plan, operand_refs, b, n, i * block_q, k0, shape, q_axis=1)
-
                     def scope(s_ref, dp_ref):
                         plgpu.wgmma(s_ref, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
                         plgpu.wgmma(dp_ref, v_smem.at[wg], do_smem.at[slot].transpose((1, 0)))
-                        early = tile.fetched(masked)
                         swap_turns()
-                        return s_ref[...], dp_ref[...], early
+                        return s_ref[...], dp_ref[...]
 
                     acc = plgpu.ACC(shape, jnp.float32)
-                    s, dp, tile.early = pl.run_scoped(scope, acc, acc)
+                    s, dp = pl.run_scoped(scope, acc, acc)
                     lse, delta = (
                         plgpu.load(x.at[slot], layout=COLUMN, optimized=False)
                         for x in (lse_smem, delta_smem)
                     )
+                    tile = Tile(plan, operand_refs, b, n, i * block_q, k0, shape, q_axis=1)
 
                     def local(tile, s, dp, *sums):
                         z, pull = pull_scores(tile, s, wanted)

@@ -178,7 +178,7 @@ def grad_q(
                 q_smem[me] = (dq * plan.scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem.at[me], results[0].at[at])
-                for out, x in zip(results[1:], sums):
+                for out, x in zip(results[1 : 1 + totals], sums, strict=True):
                     out[vector] = x
                 plgpu.wait_smem_to_gmem(0)
 

@@ -158,13 +158,13 @@ def forward(
 
                     def multiply(ref):
                         plgpu.wgmma(ref, mine, k_smem.at[slot].transpose((1, 0)))
-                        early = tile.fetched(masked)
+                        early = tile.fetched(masked) if V <= 192 else {}  # registers
                         swap_turns()
                         return ref[...], early
 
-                    s, early = pl.run_scoped(multiply, plgpu.ACC((WIDTH, block_k), jnp.float32))
+                    acc_s = plgpu.ACC((WIDTH, block_k), jnp.float32)
+                    s, tile.early = pl.run_scoped(multiply, acc_s)
                     plgpu.barrier_arrive(k_free.at[slot])
-                    tile.early = early
                     unit = plan.scale * LOG2E if plan.score is None else LOG2E
                     if plan.score is not None:
                         s = tile.scores(s)
