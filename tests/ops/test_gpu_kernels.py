@@ -163,6 +163,7 @@ def test_interpreted(name):
 
 H200 = Device("gpu", "NVIDIA H200")
 SQUARE = jnp.ones((256, 256))
+ROW = jnp.ones(600, bool)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,11 @@ SQUARE = jnp.ones((256, 256))
         (dict(H=640, V=512), "H = 640"),
         (dict(mask=Blocks(jnp.zeros((1, 1, 4, 2), jnp.int32), 64, 64)), "multiples of the 128"),
         (dict(score=lambda s, h, q, k: jnp.log1p(jnp.abs(s))), "needs log1p"),
-        (dict(score=lambda s, h, q, k: s + SQUARE[q, k]), "by query and key"),
+        (
+            dict(B=64, N=2**10, score=lambda s, h, q, k: s + SQUARE[q, k]),
+            "by query and key: its gradient takes 17179869184 bytes, served up to 8589934592",
+        ),
+        (dict(mask=MaskMod.of(lambda h, q, k: ROW[q - k])), "by distance"),
     ],
 )
 def test_refusals_say_why(change, reason):

@@ -22,7 +22,7 @@ from attnlab.ops.attention.pairs import capped, pair_mod
 HALF = ("bfloat16", "float16")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 MASK_GROUPS = ("heads", "rows", "columns", "dense")
-MOST_GRADIENT = 2**34  # bytes of the gradients of values by query and key, 4 B N T S each
+MOST_GRADIENT = 2**33  # bytes of the gradients of values by query and key, 4 B N T S each
 # What Mosaic GPU has no lowering for.
 MISSING = frozenset(
     "log1p expm1 pow cbrt tan floor ceil is_finite erf_inv erfc not atan2 population_count".split()
