@@ -179,7 +179,7 @@ def test_a_step_compiles(N, K, H, V):
 
     def gradients(q, k, v, o, m, l):
         def loss(q, k, v, *carry):
-            o, m, l = call(functools.partial(gpu.step, carry), q, k, v, mask=Causal())
+            o, _, l = call(functools.partial(gpu.step, carry), q, k, v, mask=Causal())
             return (o / l[..., None]).sum()
 
         return jax.grad(loss, (0, 1, 2, 3, 4, 5))(q, k, v, o, m, l)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from attnlab.core.axes import vary
 from attnlab.core.dispatch import Implementation
 from attnlab.core.mask import Blocks, MaskMod, conjuncts, parts
 from attnlab.core.staging import Body, split, values
@@ -114,14 +115,13 @@ def forward(
     from attnlab.ops.attention import gpu_attend
 
     T, V = q.shape[1], v.shape[-1]
-    static, *given = _given(
+    static, q, k, v, handed, fixed = _given(
         q, k, v, mask, capped(score, logit_cap), q_coords, k_coords, scale, layout, interpret,
         value_is_prefix,
     )
-    q, k, v, handed, fixed = given
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32)
     o, lse = gpu_attend.attend(  # type: ignore[misc] - a custom_vjp has no result type
-        static, q, k, v, sink, handed, fixed
+        static, *vary((q, k, v, sink, handed, fixed))
     )
     return o[:, :T, :, :V], lse[:, :, :T].swapaxes(1, 2)
 
@@ -138,10 +138,9 @@ def step(
     from attnlab.ops.attention import gpu_attend
 
     T, V = q.shape[1], v.shape[-1]
-    static, *given = _given(
+    static, q, k, v, handed, fixed = _given(
         q, k, v, mask, capped(score, logit_cap), q_coords, k_coords, scale, layout, interpret
     )
-    q, k, v, handed, fixed = given
     if carry is not None:
         rows = -T % forward_config(q.shape[-1], v.shape[-1]).block_q
         o, m, l = carry
@@ -150,7 +149,7 @@ def step(
         m = jnp.pad(m.swapaxes(1, 2), line, constant_values=-jnp.inf)
         carry = o, m, jnp.pad(l.swapaxes(1, 2), line)
     o, m, l = gpu_attend.advance(  # type: ignore[misc] - a custom_vjp has no result type
-        static, q, k, v, carry, handed, fixed
+        static, *vary((q, k, v, carry, handed, fixed))
     )
     return o[:, :T, :, :V], *(x[:, :, :T].swapaxes(1, 2) for x in (m, l))
 
@@ -212,7 +211,7 @@ def backward_configs(H: int, V: int, score: Body | None = None, dense: bool = Fa
     """Sizes of the kernel for dq and of the one for dk and dv, by measurement on an H200.
 
     With a score function both are short of registers: smaller tiles, and turns only where it reads
-    coordinates.
+    coordinates. So they are with values by query and key (``dense``) in the mask; not measured.
     """
     from attnlab.ops.attention import gpu_widths
     from attnlab.ops.attention.gpu_backward import Config
@@ -225,7 +224,9 @@ def backward_configs(H: int, V: int, score: Body | None = None, dense: bool = Fa
         return Config(128, 64, 2, turns=False), Config(64, 128, 2, turns=False)
     if score is None and not dense:
         return Config(128, 128, 2, turns=False), Config(64, 128, 3)
-    places = dense or bool((score.coordinates - {"score"}) | score.floats | set(score.handed))
+    places = score is None or bool(
+        (score.coordinates - {"score"}) | score.floats | set(score.handed)
+    )
     return Config(128, 64, 3, turns=False), Config(64, 128, 3, turns=places)
 
 

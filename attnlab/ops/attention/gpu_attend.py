@@ -30,6 +30,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from attnlab.core.axes import vary
 from attnlab.core.errors import UnsupportedError
 from attnlab.ops.attention import gpu, gpu_backward, gpu_distance, gpu_widths
 from attnlab.ops.attention.blocks import BlockLists, block_lists
@@ -72,8 +73,14 @@ def _perturbed(given, handed):
     return plain, _Asked(tuple(bool(x.perturbed) and f for x, f in zip(handed, floating)))
 
 
-def _real(x):
-    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+def _as_varying(tree, like):
+    """What kernels return does not say that it varies inside shard_map as their inputs do."""
+    return vary((tree, like))[0]
+
+
+def _real(x: Any):
+    given: Any = x
+    return jnp.zeros(given.shape, given.dtype) if isinstance(x, SymbolicZero) else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -92,9 +99,10 @@ def _run(static: Static, q, k, v, handed, fixed, *, sink=None, **state):
     config = gpu.forward_config(*widths, static.value_is_prefix, static.dense)
     kernel: Any = gpu_widths.forward_of(config)
     plan, lists, order, operands = _prepared(static, config, handed, fixed, False)
-    return kernel(
+    out = kernel(
         plan, config, q, k, v, sink, lists, order, operands, interpret=static.interpret, **state
     )
+    return _as_varying(tuple(out), q)
 
 
 def _attend_fwd(static, *given):
@@ -132,7 +140,7 @@ def advance(static: Static, q, k, v, carry, handed, fixed):
 
     ``carry``: the state before, in this form, or None. Other arguments: see ``attend``.
     """
-    return tuple(_run(static, q, k, v, handed, fixed, state=True, carry=carry))
+    return _run(static, q, k, v, handed, fixed, state=True, carry=carry)
 
 
 def _advance_fwd(static, *given):
@@ -193,7 +201,7 @@ def _gradients(static, asked: _Asked, q, k, v, do, base2, delta, handed, fixed):
             kernel(plan, config, q, k, v, do, base2, delta, lists, order, operands,
                    interpret=static.interpret)
         )
-    (dq, *row_sums), (dk, dv, *column_sums) = grads
+    (dq, *row_sums), (dk, dv, *column_sums) = _as_varying(grads, q)
     plan, operands = plans[0]
     dhanded: list[Any] = [None] * len(handed)
     for i, x in zip(gpu_backward.asked(plan, ("columns",)), column_sums, strict=True):
@@ -203,7 +211,7 @@ def _gradients(static, asked: _Asked, q, k, v, do, base2, delta, handed, fixed):
         found = gpu_distance.grad_tiles(
             plan, plan.diagonals, q, k, v, do, base2, delta, operands, interpret=static.interpret
         )
-        tiles = dict(zip(wanted, found, strict=True))
+        tiles = dict(zip(wanted, _as_varying(found, q), strict=True))
     counts = gpu_backward.row_sums(plan)
     for i, count in zip(gpu_backward.asked(plan, gpu_backward.ROW_GROUPS), counts, strict=True):
         sums, row_sums = row_sums[:count], row_sums[count:]

@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+
 def operand(x: jax.Array, dtype: str, block_q: int, block_k: int, transposed: bool) -> jax.Array:
     """``x[., ., T, S]`` padded to whole tiles, ``[., ., S', T']`` where tiles are transposed."""
     extra = [(0, -n % size) for n, size in zip(x.shape[2:], (block_q, block_k), strict=True)]
