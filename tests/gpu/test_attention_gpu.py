@@ -15,6 +15,7 @@ import pytest
 from attnlab import Blocks, Causal, SinkTokens, Window, attention
 from attnlab.core.dispatch import Device
 from attnlab.core.errors import ImplementationError
+from attnlab.ops.attention.carry import attention_step, finish
 
 ON_GPU = Device.default().platform == "gpu"
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU; CI has none")
@@ -36,7 +37,14 @@ CASES = {
             s * e["row"][batch, q_index] + e["column"][n, k_index]
         ),
     ),
+    "bias by query and key": dict(
+        mask=Causal() & Window(300), mod=lambda e: lambda s, n, q, k, *, batch, q_index, k_index: (
+            s + e["bias"][n, q_index, k_index] + e["shared"][q_index, k_index]
+        ),
+    ),
+    "table": dict(mask=lambda n, q, k: TABLE[q, k] & (q >= k)),
 }
+TABLE = jax.random.bernoulli(jax.random.key(9), 0.3, (1024, 1024)) | jnp.eye(1024, dtype=bool)
 SHAPES = {  # B, T, N, K, H, V
     "GQA 128": (2, 1024, 8, 2, 128, 128),
     "MHA 64": (2, 512, 4, 4, 64, 64),
@@ -78,11 +86,13 @@ def test_agrees_with_the_reference(impl, shape, case):
         lists = jax.random.randint(jax.random.key(7), (B, N, tiles, 3), -1, tiles)
         options["mask"] = Causal() & Blocks(lists, 128, 128)
     make = options.pop("mod", None)
-    draws = jax.random.split(jax.random.key(3), 4)
+    draws = jax.random.split(jax.random.key(3), 6)
     extra = {
         "slope": 0.1 * jax.random.normal(draws[0], (N,)),
         "table": jax.random.normal(draws[1], (N, 32)),
         "row": jax.random.normal(draws[2], (B, T)), "column": jax.random.normal(draws[3], (N, T)),
+        "bias": jax.random.normal(draws[4], (N, T, T)),
+        "shared": jax.random.normal(draws[5], (T, T)),
     }
     sizes = ((N, H), (K, H), (K, V), (N, V))
     q, k, v, do = (jax.random.normal(key, (B, T, *s)) for key, s in zip(keys, sizes))
@@ -111,3 +121,48 @@ def test_agrees_with_the_reference(impl, shape, case):
         norm = np.linalg.norm(b) or np.sqrt(b.size)  # a window of 1 has no gradient in q and k
         error, allowed = np.linalg.norm(a - b) / norm, np.linalg.norm(c - b) / norm
         assert error <= 2 * allowed + 4e-3, f"{name}: {error:.2e}, reference {allowed:.2e}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_ring_is_one_call(shape):
+    """Parts of unequal length in any order, gradients through the carry; the result twice alike."""
+    B, T, N, K, H, V = SHAPES[shape]
+    keys = jax.random.split(jax.random.key(1), 5)
+    sizes = ((N, H), (K, H), (K, V), (N, V))
+    q, k, v, do = (jax.random.normal(key, (B, T, *s)) for key, s in zip(keys, sizes))
+    slope = 0.05 * jax.random.normal(keys[4], (N,))
+    places = jnp.broadcast_to(jnp.arange(T), (B, T))
+    parts = [slice(0, T // 3), slice(3 * T // 4, T), slice(T // 3, 3 * T // 4)]
+
+    def ring(q, k, v, slope, impl):
+        carry = None
+        for part in parts:
+            carry = attention_step(
+                carry, q, k[:, part], v[:, part], positions=(places, places[:, part]), impl=impl,
+                score_mod=lambda s, n, q, k: s + slope[n] * (k - q),
+            )
+        return finish(carry, dtype=v.dtype)[0]  # type: ignore[arg-type] - parts is not empty
+
+    def run(impl, dtype):
+        args = [x.astype(dtype) for x in (q, k, v)]
+
+        def loss(q, k, v, slope):
+            out = ring(q, k, v, slope, impl)
+            return (out.astype(jnp.float32) * do).sum(), out
+
+        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+        (_, out), grads = step(*args, slope)
+        return [np.asarray(a, np.float64) for a in (out, *grads)]
+
+    try:
+        fast = run("gpu", jnp.bfloat16)
+    except ImplementationError as refusal:
+        pytest.skip(reason=f"refused: {refusal.rule}")
+    for a, b in zip(fast, run("gpu", jnp.bfloat16), strict=True):
+        assert (a == b).all(), "two runs differ"
+    with jax.default_matmul_precision("highest"):
+        exact = run("xla", jnp.float32)
+    rough = run("xla", jnp.bfloat16)
+    for name, a, b, c in zip(("o", "dq", "dk", "dv", "slope"), fast, exact, rough, strict=True):
+        error, allowed = (np.linalg.norm(x - b) / np.linalg.norm(b) for x in (a, c))
+        assert error <= 2 * allowed + 4e-3, f"{name}: {error:.2e}, xla {allowed:.2e}"

@@ -16,10 +16,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnlab.core import axes
+from attnlab.core.dispatch import Implementation
 from attnlab.core.mask import Blocks, Causal, Coords, Prefix, Segments, Window
 from attnlab.core.versions import make_mesh
-from attnlab.ops.attention import _over_shards, attention, decode_xla, reference, vendor, xla
+from attnlab.ops.attention import OP, _over_shards, attention, decode_xla, reference, vendor, xla
 from attnlab.ops.attention import decode as decode_module
+from attnlab.ops.attention.carry import attention_step, finish
 from attnlab.ops.attention.decode import decode
 from attnlab.parallel.rules import RULES
 from attnlab.testing.budget import close_trees
@@ -75,6 +77,7 @@ def main() -> None:
     for heads in ((4, 2), (4, 1), (3, 3)):
         kernel_over_shards(*heads)
     masks_over_shards()
+    steps_over_shards()
     decode_over_shards()
 
 
@@ -135,6 +138,37 @@ def masks_over_shards() -> None:
             run = jax.jit(functools.partial(_over_shards, xla.forward, **call))
             found = run(q, k, v)
         close_trees(found, expected, name=f"{type(mask).__name__} over shards")
+
+
+def steps_over_shards() -> None:
+    """A step that XLA cannot cut, with and without a carry; inside shard_map it is called as is."""
+    B, T, N, K, H = 4, 8, 4, 2, 4
+    keys = jax.random.split(jax.random.key(4), 3)
+    q, k, v = (jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, (N, K, K)))
+    place = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    step = OP.implementations["xla"].step
+    kernel = Implementation("mapped", lambda call: None, xla.forward, partitions=False, step=step)
+
+    def ring(q, k, v, place):
+        def one(carry, half):
+            return attention_step(
+                carry, q, k[:, half], v[:, half], positions=(place, place[:, half]), impl="mapped"
+            )
+
+        return finish(one(one(None, slice(0, 4)), slice(4, 8)))
+
+    expected = attention(q, k, v, return_lse=True, impl="reference")
+    mesh = make_mesh((2, 2), ("data", "tensor"))
+    specs = (P("data", None, "tensor"),) * 3 + (P("data"),)
+    OP.implementations["mapped"] = kernel
+    with axes.sharding(mesh, RULES):
+        found = jax.jit(ring)(q, k, v, place)
+        inside = jax.shard_map(ring, mesh=mesh, in_specs=specs, out_specs=specs[:2])
+        within = jax.jit(inside)(q, k, v, place)
+    del OP.implementations["mapped"]
+    assert found[0].sharding.spec[0] == "data", found[0].sharding
+    close_trees(found, expected, name="steps over shards")
+    close_trees(within, expected, name="steps inside shard_map")
 
 
 def decode_over_shards() -> None:

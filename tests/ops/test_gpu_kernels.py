@@ -37,6 +37,9 @@ def packed(T: int, lengths: tuple[int, ...]):
     return jnp.asarray(np.concatenate(places)[None], jnp.int32), jnp.asarray(segments[None])
 
 
+TABLE = jax.random.bernoulli(jax.random.key(5), 0.1, (203, 203))  # most rows see keys, not all
+FIXED = jax.random.normal(jax.random.key(6), (2, 200, 200))
+
 SHAPES = {
     "gqa": (203, 4, 2, 64, 64),
     "wide": (200, 2, 2, 128, 128),
@@ -71,6 +74,19 @@ CASES = {
         shape="wide", cap=3.0, score=lambda e: lambda s, head, q, k: s + e["toeplitz"][q - k + 199],
     ),
     "blocks": dict(shape="gqa", blocks=True),
+    "values by query and key, absent tiles": dict(
+        shape="gqa", mask=Causal() & Window(40), score=lambda e: lambda s, head, q, k: (
+            s * e["shared"][q, k] + e["bias"][head, q, k] + e["slope"][head]
+        ),
+    ),
+    "table in the mask": dict(
+        shape="wide", mask=Full() & MaskMod.of(lambda head, q, k: TABLE[q, k] & (q != 70)),
+        score=lambda e: lambda s, head, q, k: s + FIXED[head, q, k],
+    ),
+    "256, values by query and key": dict(
+        shape="256", mask=Causal() & Window(30),
+        score=lambda e: lambda s, head, q, k: s + e["bias"][head, q, k] + e["toeplitz"][q - k + 99],
+    ),
     "256": dict(shape="256", mask=Causal() & (Window(40) | SinkTokens(2))),
     "192": dict(shape="192", lengths=(60, 5, 70)),
     "256 over 128, head, row and column values": dict(
@@ -86,7 +102,7 @@ CASES = {
 def run(forward, case, exact: bool):
     """Outputs and gradients of a case, with cotangents on o and lse."""
     T, N, K, H, V = SHAPES[case["shape"]]
-    keys = iter(jax.random.split(jax.random.key(1), 12))
+    keys = iter(jax.random.split(jax.random.key(1), 14))
 
     def draw(*shape):
         return jax.random.normal(next(keys), shape)
@@ -97,7 +113,7 @@ def run(forward, case, exact: bool):
     do, dlse = draw(1, T, N, V), draw(1, T, N)
     extra = {
         "slope": draw(N) * 0.1, "row": draw(1, T), "column": draw(N, T), "table": draw(N, 32),
-        "toeplitz": draw(399),
+        "toeplitz": draw(399), "bias": draw(N, T, T), "shared": draw(T, T),
     }
     sink = draw(N) if case.get("sink") else None
     places = jnp.arange(T, dtype=jnp.int32)
@@ -147,6 +163,7 @@ def test_interpreted(name):
 
 H200 = Device("gpu", "NVIDIA H200")
 SQUARE = jnp.ones((256, 256))
+ROW = jnp.ones(600, bool)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +174,11 @@ SQUARE = jnp.ones((256, 256))
         (dict(H=640, V=512), "H = 640"),
         (dict(mask=Blocks(jnp.zeros((1, 1, 4, 2), jnp.int32), 64, 64)), "multiples of the 128"),
         (dict(score=lambda s, h, q, k: jnp.log1p(jnp.abs(s))), "needs log1p"),
-        (dict(score=lambda s, h, q, k: s + SQUARE[q, k]), "by query and key"),
+        (
+            dict(B=64, N=2**10, score=lambda s, h, q, k: s + SQUARE[q, k]),
+            "by query and key: its gradient takes 17179869184 bytes, served up to 8589934592",
+        ),
+        (dict(mask=MaskMod.of(lambda h, q, k: ROW[q - k])), "by distance"),
     ],
 )
 def test_refusals_say_why(change, reason):

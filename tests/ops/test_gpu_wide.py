@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from attnlab.core.errors import UnsupportedError
-from attnlab.core.mask import Causal, Coords, Window
+from attnlab.core.mask import Causal, Coords, MaskMod, Window
 from attnlab.core.mods import Mod
 from attnlab.core.versions import JAX
 from attnlab.ops.attention import gpu, reference
@@ -107,10 +107,28 @@ dnn_version_info { major: 9 minor: 10 } runtime_version { major: 12 minor: 8 }
 device_description_str: "NVIDIA H200" """
 
 
-@pytest.mark.aot
-@pytest.mark.skipif(
+def compiled(f, *shapes):
+    """``f`` of arrays ``(shape, dtype)`` compiled for an H200."""
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=H200, topology="1x1x1"
+    )
+    mesh = Mesh(np.array(topology.devices), ("x",))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arrays = [jax.ShapeDtypeStruct(*x, sharding=sharding) for x in shapes]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(f).lower(*arrays).compile()
+
+
+for_hopper = pytest.mark.skipif(
     bool(missing_wheels()), reason=f"no CUDA compiler here: {', '.join(missing_wheels())} missing"
 )
+
+
+@pytest.mark.aot
+@for_hopper
 @pytest.mark.parametrize(
     "N, K, H, V, prefix",
     [
@@ -120,18 +138,7 @@ device_description_str: "NVIDIA H200" """
 )
 def test_compiles_for_hopper(N, K, H, V, prefix):
     """Shared memory, layouts and lowering; the gradient too where there is one."""
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=H200, topology="1x1x1"
-    )
-    mesh = Mesh(np.array(topology.devices), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    shapes = [
-        jax.ShapeDtypeStruct((1, 2048, *x), jnp.bfloat16, sharding=sharding)
-        for x in ((N, H), (K, H), (K, V))
-    ]
+    shapes = [((1, 2048, *x), jnp.bfloat16) for x in ((N, H), (K, H), (K, V))]
 
     def outputs(q, k, v):
         return call(gpu.forward, q, k, v, mask=Causal(), value_is_prefix=prefix)
@@ -139,6 +146,43 @@ def test_compiles_for_hopper(N, K, H, V, prefix):
     def gradients(q, k, v):
         return jax.grad(lambda *x: outputs(*x)[0].astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(gradients if max(H, V) <= 256 else outputs).lower(*shapes)
-    assert lowered.compile() is not None
+    assert compiled(gradients if max(H, V) <= 256 else outputs, *shapes) is not None
+
+
+@pytest.mark.aot
+@for_hopper
+@pytest.mark.parametrize("N, K, H, V", [(8, 8, 128, 128), (8, 4, 256, 256)])
+def test_values_by_query_and_key_compile(N, K, H, V):
+    """A bias with its gradient, used twice over, beside a boolean table in the mask."""
+    T = 1024
+    shapes = [((1, T, *x), jnp.bfloat16) for x in ((N, H), (K, H), (K, V))]
+
+    def gradients(q, k, v, bias, table):
+        def loss(q, k, v, bias):
+            mask = Causal() & MaskMod.of(lambda head, q, k: table[q, k])
+            score = lambda s, head, q, k: jnp.tanh(s) + bias[head, q, k] * s  # noqa: E731
+            return call(gpu.forward, q, k, v, mask=mask, score=score)[0].astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1, 2, 3))(q, k, v, bias)
+
+    more = ((N, T, T), jnp.float32), ((T, T), jnp.bool_)
+    assert compiled(gradients, *shapes, *more) is not None
+
+
+@pytest.mark.aot
+@for_hopper
+@pytest.mark.parametrize("N, K, H, V", [(8, 8, 128, 128), (8, 4, 192, 128)])
+def test_a_step_compiles(N, K, H, V):
+    T = 1000  # not whole tiles
+    lead = (1, T, N)
+    shapes = [((1, T, *x), jnp.bfloat16) for x in ((N, H), (K, H), (K, V))]
+
+    def gradients(q, k, v, o, m, l):
+        def loss(q, k, v, *carry):
+            o, _, l = call(functools.partial(gpu.step, carry), q, k, v, mask=Causal())
+            return (o / l[..., None]).sum()
+
+        return jax.grad(loss, (0, 1, 2, 3, 4, 5))(q, k, v, o, m, l)
+
+    carry = ((*lead, V), jnp.float32), (lead, jnp.float32), (lead, jnp.float32)
+    assert compiled(gradients, *shapes, *carry) is not None

@@ -228,25 +228,27 @@ def _score(score_mod: Callable[..., Any] | Mod, softmax_dtype: str) -> Mod:
     return score_mod
 
 
-def _over_shards(forward, q, k, v, *, mask, score, q_coords, k_coords, sink_logits, **static):
+def _over_shards(forward, *arrays, mask, score, q_coords, k_coords, sink_logits, **static):
     """``forward`` on each device's rows and heads, for kernels that XLA cannot cut itself.
 
     Rows and heads are independent of each other: nothing is communicated. Heads stay whole where
     the mesh does not cut queries and keys alike; a single key/value head goes to every device.
+    Inside ``shard_map`` they are at hand already. ``arrays``: q, k, v; a step has its carry before.
     """
-
+    *carry, q, k, v = arrays
     dtype = k.dtype
 
-    def part(q, k, v, mask, score, q_coords, k_coords, sink_logits):
+    def part(carry, q, k, v, mask, score, q_coords, k_coords, sink_logits):
         k, v = k.astype(dtype), v.astype(dtype)
         return forward(
-            q, k, v, mask=mask, score=score, q_coords=q_coords, k_coords=k_coords,
+            *carry, q, k, v, mask=mask, score=score, q_coords=q_coords, k_coords=k_coords,
             sink_logits=sink_logits, **static,
         )
 
     context = axes.current()
-    if context is None or context[0].size == 1:
-        return part(q, k, v, mask, score, q_coords, k_coords, sink_logits)
+    mapped = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    if context is None or context[0].size == 1 or mapped:
+        return part(carry, q, k, v, mask, score, q_coords, k_coords, sink_logits)
     batch, (heads, kv_heads) = axes.cut("batch", q.shape[0]), axes.cut_heads(q.shape[2], k.shape[2])
     if heads and not kv_heads:
         k, v = widened(k, "float32"), widened(v, "float32")
@@ -255,10 +257,14 @@ def _over_shards(forward, q, k, v, *, mask, score, q_coords, k_coords, sink_logi
     if q_coords.segments is None:
         coords = dataclasses.replace(coords, segments=None)
     mods = None if score is None else score.specs(P, batch, heads)
-    specs = (q_spec, kv_spec, kv_spec, mask.specs(batch, heads), mods, coords, coords, P(heads))
+    carried = jax.tree.map(lambda _: q_spec, carry)
+    specs = (
+        carried, q_spec, kv_spec, kv_spec, mask.specs(batch, heads), mods, coords, coords, P(heads)
+    )
     return jax.shard_map(
-        part, mesh=context[0], in_specs=specs, out_specs=(q_spec, q_spec), check_vma=False
-    )(q, k, v, mask, score, q_coords, k_coords, sink_logits)
+        part, mesh=context[0], in_specs=specs, out_specs=(q_spec,) * (2 + len(carry)),
+        check_vma=False,
+    )(carry, q, k, v, mask, score, q_coords, k_coords, sink_logits)
 
 
 def _shapes(q, k, v) -> tuple[int, int, int, int, int, int, int]:

@@ -7,7 +7,8 @@ in every run. With ``z = mod(scale q k)``, ``p = exp(z - lse)``, ``delta = rowsu
     dq = scale ds k                dv = p^T do                dk = scale ds^T q
 
 Gradients of what mod was handed are sums of ``pull(dz)`` over a tile: of scalars and of rows along
-the keys (dq kernel), of columns along the queries (dk, dv kernel, whose tiles are transposed).
+the keys (dq kernel), of columns along the queries (dk, dv kernel, whose tiles are transposed); of
+values by query and key they are these tiles (dq kernel, see ``gpu_dense``).
 FLOPs of a pair: ``2 (2 H + V) + 2 (2 H + 2 V)`` against ``2 (3 H + 2 V)`` without recomputation.
 """
 
@@ -27,8 +28,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.ops.attention.blocks import BlockLists
+from attnlab.ops.attention.gpu_dense import clear_absent
 from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, total, visit
 from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Plan, Tile
+from attnlab.ops.attention.pairs import with_plain_sums
 
 COLUMN = LAYOUT.reduce(0)
 ROW_GROUPS = ("heads", "rows", "distances")
@@ -53,7 +56,7 @@ def asked(plan: Plan, groups: tuple[str, ...]) -> tuple[int, ...]:
     if plan.score is None:
         return ()
     return tuple(
-        i for i, h in enumerate(plan.score.handed) if h.group in groups and h.dtype == "float32"
+        i for i, h in enumerate(plan.score.handed) if h.group in groups and plan.wanted[i]
     )
 
 
@@ -63,6 +66,13 @@ def row_sums(plan: Plan) -> tuple[int, ...]:
         plan.diagonals.numbers.size if plan.score.handed[i].group == "distances" else 1
         for i in asked(plan, ROW_GROUPS)
     )
+
+
+def gradient_tables(plan: Plan, B: int, N: int) -> list[Any]:
+    """What the dq kernel writes for ``asked(plan, ("dense",))``: ``[B, N, T', S']``."""
+    rows, columns = plan.T + -plan.T % plan.block_q, plan.S + -plan.S % plan.block_k
+    table = jax.ShapeDtypeStruct((B, N, rows, columns), jnp.float32)
+    return [table for _ in asked(plan, ("dense",))]
 
 
 def add_row_sums(tile: Tile, sums, rest) -> list[Any]:
@@ -99,21 +109,28 @@ def pull_scores(tile: Tile, s, wanted: tuple[int, ...]):
         return body(known | {"score": (s, "tile")}, given, tile.lift)
 
     tiles = [tile.lift(*handed[i], "tile") for i in wanted]
-    return jax.vjp(modified, s, *tiles)
+    z, pull = jax.vjp(modified, s, *tiles)
+    return z, lambda dz: with_plain_sums(pull, dz)
 
 
-def row_cotangents(tile: Tile, s, dp, lse, delta, sums, masked: bool, dtype):
-    """``ds`` of a tile of query rows in ``dtype``, and ``sums`` with those of this tile added."""
+def row_cotangents(tile: Tile, s, dp, lse, delta, sums, masked: bool, dtype, tables=()):
+    """``ds`` of a tile of query rows in ``dtype``, and ``sums`` with those of this tile added.
+
+    Cotangents of ``asked(plan, ("dense",))`` are written to ``tables``.
+    """
     wanted, shape = asked(tile.plan, ROW_GROUPS), tile.shape
+    pairs = asked(tile.plan, ("dense",))
 
     def local(tile, s, dp, *sums):
-        z, pull = pull_scores(tile, s, wanted)
+        z, pull = pull_scores(tile, s, (*wanted, *pairs))
         z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (0,))
         if masked:
             z = jnp.where(tile.seen(), z, -jnp.inf)
         dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
         ds, *rest = pull(dz)
-        return ds.astype(dtype), *add_row_sums(tile, sums, rest)
+        for table, x in zip(tables, rest[len(wanted) :], strict=True):
+            table[tile.b, tile.n, *map(pl.ds, (tile.q0, tile.k0), shape)] = x
+        return ds.astype(dtype), *add_row_sums(tile, sums, rest[: len(wanted)])
 
     narrow, *sums = tile.by_kind(local, s, dp, *sums)
     return narrow, tuple(sums)
@@ -161,8 +178,9 @@ def grad_q(
     interpret: Any = None,
 ):
     """``dq[B, T, N, H]`` and, as many as ``row_sums(plan)`` counts, fp32 sums over the keys
-    ``[B, N, T']`` of the cotangents of ``asked(plan, ROW_GROUPS)``. lse (base 2) and delta:
-    float32 ``[B, N, T']``."""
+    ``[B, N, T']`` of the cotangents of ``asked(plan, ROW_GROUPS)``, then those of
+    ``asked(plan, ("dense",))``, fp32 ``[B, N, T', S']``. lse (base 2) and delta: float32
+    ``[B, N, T']``."""
     B, _, N, H = q.shape
     K, V = v.shape[2:]
     G, rows, dtype = N // K, lists.rows, q.dtype
@@ -172,13 +190,15 @@ def grad_q(
     leaves, tree = jax.tree.flatten(lists)
     inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
-    outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * sum(totals)]
+    tables = gradient_tables(plan, B, N)
+    outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * sum(totals), *tables]
 
     def kernel(*refs):
         (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
             _take_apart(refs, (7, len(leaves), len(names), len(outs)))
         )
         block_lists = jax.tree.unflatten(tree, listed)
+        table_refs = results[len(results) - len(tables) :]
         operand_refs = dict(zip(names, given, strict=True))
 
         def scoped(q_smem, do_smem, k_smem, v_smem, staging, q_bar, kv_bar, free, turn):
@@ -216,17 +236,20 @@ def grad_q(
                     slot = lax.rem(it, stages)
                     shape = (WIDTH, block_k)
 
+                    tile = Tile(plan, operand_refs, b, n, q0, j * block_k, shape)
+
                     def scope(s_ref, dp_ref):
                         plgpu.wgmma(s_ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
                         plgpu.wgmma(dp_ref, do_smem.at[wg], v_smem.at[slot].transpose((1, 0)))
+                        early = tile.fetched(masked)
                         swap_turns()
-                        return s_ref[...], dp_ref[...]
+                        return s_ref[...], dp_ref[...], early
 
                     acc = plgpu.ACC(shape, jnp.float32)
-                    s, dp = pl.run_scoped(scope, acc, acc)
-                    tile = Tile(plan, operand_refs, b, n, q0, j * block_k, shape)
-
-                    narrow, sums = row_cotangents(tile, s, dp, lse, delta, sums, masked, dtype)
+                    s, dp, tile.early = pl.run_scoped(scope, acc, acc)
+                    narrow, sums = row_cotangents(
+                        tile, s, dp, lse, delta, sums, masked, dtype, table_refs
+                    )
                     if interpret is None:
                         dq, sums, narrow = lax.optimization_barrier((dq, sums, narrow))
                     swap_turns()
@@ -246,7 +269,7 @@ def grad_q(
                 q_smem[wg] = (dq * plan.scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem.at[wg], results[0].at[at])
-                for out, x in zip(results[1:], sums, strict=True):
+                for out, x in zip(results[1 : 1 + len(sums)], sums, strict=True):
                     out[vector] = x
                 plgpu.wait_smem_to_gmem(0)
 
@@ -265,7 +288,9 @@ def grad_q(
                     return it + 1
 
                 it = visit(full, b, n, row, fetch, jnp.int32(0))
-                drain(free, visit(partial, b, n, row, fetch, it), stages)
+                it = visit(partial, b, n, row, fetch, it)
+                clear_absent(table_refs, block_lists, b, n, row, LAYOUT)
+                drain(free, it, stages)
 
         pl.run_scoped(
             scoped,

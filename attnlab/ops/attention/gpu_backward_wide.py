@@ -43,9 +43,11 @@ from attnlab.ops.attention.gpu_backward import (
     _add_products,
     _take_apart,
     _zeros,
+    gradient_tables,
     row_cotangents,
     row_sums,
 )
+from attnlab.ops.attention.gpu_dense import clear_absent
 from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
 from attnlab.ops.attention.gpu_tiles import LAYOUT, WIDTH, Plan, Tile
 
@@ -84,13 +86,15 @@ def grad_q(
     leaves, tree = jax.tree.flatten(lists)
     inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
-    outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * totals]
+    tables = gradient_tables(plan, B, N)
+    outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * totals, *tables]
 
     def kernel(*refs):
         (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
             _take_apart(refs, (7, len(leaves), len(names), len(outs)))
         )
         block_lists = jax.tree.unflatten(tree, listed)
+        table_refs = results[len(results) - len(tables) :]
         operand_refs = dict(zip(names, given, strict=True))
 
         def scoped(q_smem, do_smem, k_smem, v_smem, staging, q_bar, k_bar, v_bar, k_free, v_free,
@@ -153,7 +157,9 @@ def grad_q(
                         plgpu.barrier_arrive(v_free.at[slot_v])
                     tile = Tile(plan, operand_refs, b, n, q0, j * block_k, shape)
 
-                    narrow, sums = row_cotangents(tile, s, dp, lse, delta, sums, masked, dtype)
+                    narrow, sums = row_cotangents(
+                        tile, s, dp, lse, delta, sums, masked, dtype, table_refs
+                    )
                     if interpret is None:
                         dq, sums, narrow = lax.optimization_barrier((dq, sums, narrow))
                     swap_turns()
@@ -172,7 +178,7 @@ def grad_q(
                 q_smem[me] = (dq * plan.scale).astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(q_smem.at[me], results[0].at[at])
-                for out, x in zip(results[1:], sums, strict=True):
+                for out, x in zip(results[1 : 1 + totals], sums, strict=True):
                     out[vector] = x
                 plgpu.wait_smem_to_gmem(0)
 
@@ -199,6 +205,7 @@ def grad_q(
                     return it + 1
 
                 it = visit(partial, b, n, row, fetch, visit(full, b, n, row, fetch, jnp.int32(0)))
+                clear_absent(table_refs, block_lists, b, n, row, LAYOUT)
                 drain(k_free, it, stages)
                 drain(v_free, it, stages_v)
 

@@ -142,12 +142,12 @@ def _run_sums(x, runs: np.ndarray):
 def grad_tiles(
     plan: Any, d: Diagonals, q, k, v, do, lse, delta, operand_arrays, *, interpret: Any = None
 ):
-    """Cotangents of the stored tiles of every value by distance: fp32 ``[B, N, slots, 64, C]``.
+    """Cotangents of the stored tiles of the ``asked`` values: fp32 ``[B, N, slots, 64, C]``.
 
     Every warpgroup takes a share of the query tiles, keeps one offset, and adds up ``pull(dz)`` of
     the tiles down that diagonal. The mask decides every pair: no block lists are read.
     """
-    from attnlab.ops.attention.gpu_backward import pull_scores
+    from attnlab.ops.attention.gpu_backward import asked, pull_scores
     from attnlab.ops.attention.gpu_forward import ROW, tiled
     from attnlab.ops.attention.gpu_tiles import Tile
 
@@ -157,7 +157,7 @@ def grad_tiles(
     groups = 2
     chunks = max(1, min(8, -(-T // (WIDTH * groups * 8)), 264 // max(1, B * N * slots) + 1))
     rows = -(-T // WIDTH)
-    wanted = tuple(i for i, h in enumerate(plan.score.handed) if h.group == "distances")
+    wanted = asked(plan, ("distances",))
     names = [name for name, _ in plan.names]
     offsets = jnp.asarray(d.offsets // WIDTH)  # in tiles: what is copied must start at a tile
     inputs = [q, k, v, do, lse, delta, offsets, *operand_arrays]

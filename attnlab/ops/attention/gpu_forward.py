@@ -76,16 +76,20 @@ def total(runs: Runs, b, n, row):
 
 def forward(
     plan: Plan, config: Config, q, k, v, sink, lists: BlockLists, order, operands, *,
-    interpret: Any = None,
+    state: bool = False, carry: Any = None, interpret: Any = None,
 ):
     """``(o, lse)`` of ``q[B, T, N, H]``, ``k[B, S, K, H]``, ``v[B, S, K, V]``.
 
     Args:
         sink: float32 ``[N]`` or None. order: int32 ``[rows]``, rows of tiles, longest first.
         operands: one array an entry of ``plan.names``.
+        state: return the state of ``core.softmax`` instead, without a sink. carry: the state to go
+            on from, or None: ``(o, m, l)`` as returned.
 
     Returns:
-        o in the dtype of q, lse float32 ``[B, N, T']`` with T' the padded length.
+        o in the dtype of q, lse float32 ``[B, N, T']`` with T' the padded length; as a state
+        ``(o, m, l)``, float32 ``[B, T', N, V]`` and twice ``[B, N, T']``: o is not divided by l,
+        m is in natural units, -inf where no key was seen.
     """
     B, T, N, H = q.shape
     K, V = v.shape[2:]
@@ -93,16 +97,17 @@ def forward(
     block_k, stages, dtype = config.block_k, config.stages, q.dtype
     names = [name for name, _ in plan.names]
     leaves, tree = jax.tree.flatten(lists)
-    outs = [
-        jax.ShapeDtypeStruct((B, T, N, V), dtype),
-        jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32),
-    ]
-    inputs = [q, k, v, *([] if sink is None else [sink]), order, *leaves, *operands]
+    vector = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
+    outs = [jax.ShapeDtypeStruct((B, T, N, V), dtype), vector]
+    if state:
+        outs = [jax.ShapeDtypeStruct((B, vector.shape[2], N, V), jnp.float32), vector, vector]
+    before = [] if carry is None else list(carry)
+    inputs = [q, k, v, *before, *([] if sink is None else [sink]), order, *leaves, *operands]
 
     def kernel(*refs):
-        ins, (o_ref, lse_ref) = list(refs[: len(inputs)]), refs[len(inputs) :]
-        q_ref, k_ref, v_ref = ins[:3]
-        del ins[:3]
+        ins, results = list(refs[: len(inputs)]), refs[len(inputs) :]
+        q_ref, k_ref, v_ref, *carried = ins[: 3 + len(before)]
+        del ins[: 3 + len(before)]
         sink_ref = None if sink is None else ins.pop(0)
         order_ref = ins.pop(0)
         block_lists = jax.tree.unflatten(tree, ins[: len(leaves)])
@@ -134,21 +139,32 @@ def forward(
                 m = plgpu.layout_cast(jnp.full((WIDTH,), NEVER, jnp.float32), ROW)
                 l = plgpu.layout_cast(jnp.full((WIDTH,), 0, jnp.float32), ROW)
                 acc = plgpu.layout_cast(jnp.full((WIDTH, V), 0, jnp.float32), LAYOUT)
+                matrix, line = (b, pl.ds(q0, WIDTH), n), (b, n, pl.ds(q0, WIDTH))
+                if carried:
+                    acc, m, l = (
+                        plgpu.load(ref.at[at], layout=layout, optimized=False)
+                        for ref, at, layout in zip(
+                            carried, (matrix, line, line), (LAYOUT, ROW, ROW), strict=True
+                        )
+                    )
+                    m = jnp.maximum(m * LOG2E, NEVER)
                 pl.when(tiles > 0)(lambda: plgpu.barrier_wait(k_bar.at[0]))
                 pl.when(wg == 1)(swap_turns)
 
                 def step(j, carry, masked):
                     acc, m, l, it = carry
                     slot = lax.rem(it, stages)
+                    tile = Tile(plan, operand_refs, b, n, q0, j * block_k, (WIDTH, block_k))
 
                     def multiply(ref):
                         plgpu.wgmma(ref, mine, k_smem.at[slot].transpose((1, 0)))
+                        early = tile.fetched(masked) if V <= 192 else {}  # registers
                         swap_turns()
-                        return ref[...]
+                        return ref[...], early
 
-                    s = pl.run_scoped(multiply, plgpu.ACC((WIDTH, block_k), jnp.float32))
+                    acc_s = plgpu.ACC((WIDTH, block_k), jnp.float32)
+                    s, tile.early = pl.run_scoped(multiply, acc_s)
                     plgpu.barrier_arrive(k_free.at[slot])
-                    tile = Tile(plan, operand_refs, b, n, q0, j * block_k, (WIDTH, block_k))
                     unit = plan.scale * LOG2E if plan.score is None else LOG2E
                     if plan.score is not None:
                         s = tile.scores(s)
@@ -198,6 +214,11 @@ def forward(
                 carry = visit(partial, b, n, row, lambda j, c: step(j, c, True), carry)
                 acc, m, l, _ = carry
                 pl.when(wg == 0)(swap_turns)
+                if state:
+                    m = jnp.where(m <= NEVER, -jnp.inf, m * (1 / LOG2E))
+                    for ref, at, x in zip(results, (matrix, line, line), (acc, m, l), strict=True):
+                        ref[at] = x
+                    return
                 if sink_ref is not None:
                     logit = sink_ref[n] * LOG2E
                     top = jnp.maximum(m, logit)
@@ -211,8 +232,8 @@ def forward(
                 lse = (m + jnp.log2(jnp.where(empty, 1.0, l))) * (1 / LOG2E)
                 lse_smem[wg] = jnp.where(empty, -jnp.inf, lse)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(result, o_ref.at[b, pl.ds(q0, WIDTH), n])
-                plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, n, pl.ds(q0, WIDTH)])
+                plgpu.copy_smem_to_gmem(result, results[0].at[matrix])
+                plgpu.copy_smem_to_gmem(lse_smem.at[wg], results[1].at[line])
                 plgpu.wait_smem_to_gmem(0)
 
             @pl.when(wg == COMPUTE)

@@ -43,6 +43,8 @@ class Plan:
             computed inside (None: nothing). scale: of the logits.
         loaded: coordinates that come as operands; the others follow from the place in the array.
         diagonals: of values by distance, see ``gpu_distance``; None without any.
+        transposed: rows of a tile are keys. wanted: which handed values of the score need their
+            gradient.
     """
 
     T: int
@@ -55,6 +57,8 @@ class Plan:
     mask: Body | None
     loaded: tuple[str, ...]
     diagonals: Any = None
+    transposed: bool = False
+    wanted: tuple[bool, ...] = ()
 
     @property
     def names(self) -> tuple[tuple[str, str], ...]:
@@ -90,7 +94,7 @@ def coordinates(plan: Plan, q: Coords, k: Coords) -> list[jax.Array]:
 
 def handed_operands(plan: Plan, which: str, given: list[jax.Array]) -> list[jax.Array]:
     """Hoisted values in the shape the kernels read, padded to whole tiles."""
-    from attnlab.ops.attention import gpu_distance
+    from attnlab.ops.attention import gpu_dense, gpu_distance
 
     body = plan.score if which == "score" else plan.mask
     out: list[jax.Array] = []
@@ -99,6 +103,10 @@ def handed_operands(plan: Plan, which: str, given: list[jax.Array]) -> list[jax.
             out += gpu_distance.operands(plan.diagonals, x, plan.S)
         elif entry.group == "heads":
             out.append(x)
+        elif entry.group == "dense":
+            out.append(
+                gpu_dense.operand(x, entry.dtype, plan.block_q, plan.block_k, plan.transposed)
+            )
         else:
             out.append(padded(x, plan.block_q if entry.group == "rows" else plan.block_k))
     if which == "score" and plan.diagonals is not None:
@@ -125,6 +133,7 @@ class Tile:
     q_axis: int = 0
     stored: Any = None  # the slot of its stored tile of values by distance, where it has one
     number: Any = None  # else which number they are
+    early: Any = dataclasses.field(default_factory=dict)  # see ``fetched``
 
     def vector(self, name: str, group: str) -> Any:
         """The entries of a vector operand beside this tile."""
@@ -146,7 +155,25 @@ class Tile:
         if group == "distances":
             ref = self.refs[f"{name} numbers"]
             return ref[(*_lead(ref, self.b, self.n), self.number)], "scalar"
+        if group == "dense":
+            return self.early[name] if name in self.early else self.pairs(name), "tile"
         return self.vector(name, group), "row" if group == "rows" else "column"
+
+    def pairs(self, name: str) -> Any:
+        """The entries of a value by query and key on this tile."""
+        ref = self.refs[name]
+        starts = (self.q0, self.k0) if self.q_axis == 0 else (self.k0, self.q0)
+        at = (*_lead(ref, self.b, self.n), *map(pl.ds, starts, self.shape))
+        x = plgpu.load(ref.at[at], layout=LAYOUT, optimized=False)
+        return x.astype(jnp.int32) if ref.dtype == jnp.int8 else x
+
+    def fetched(self, masked: bool) -> dict[str, Any]:
+        """The values by query and key: for ``early``, read while products are under way."""
+        kinds = ("score", "mask") if masked else ("score",)
+        return {
+            name: self.pairs(name) for name, group in self.plan.names
+            if group == "dense" and name.startswith(kinds)
+        }
 
     def lift(self, x: Any, rank: str, to: str) -> Any:
         """Broadcast; see ``Body``."""
@@ -232,7 +259,7 @@ def _lead(ref, b, n):
 
 def make_plan(
     *, T: int, S: int, block_q: int, block_k: int, layout: str, scale: float, score: Mod | None,
-    mask: Mod, transposed: bool = False,
+    mask: Mod, transposed: bool = False, wanted: tuple[bool, ...] = (),
 ) -> Plan:
     """Split score and mask, and note which coordinates must be loaded."""
     from attnlab.ops.attention.gpu_distance import diagonals
@@ -246,5 +273,6 @@ def make_plan(
         columns, q_axis = (block_q, 1) if transposed else (block_k, 0)
         found = diagonals(bodies[0], T, S, columns, q_axis)
     return Plan(
-        T, S, block_q, block_k, layout, float(scale), bodies[0], bodies[1], loaded, found
+        T, S, block_q, block_k, layout, float(scale), bodies[0], bodies[1], loaded, found,
+        transposed, wanted,
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.extend import core as jex
 
 from attnlab.core.mask import Blocks, Mask, Pair, conjuncts
-from attnlab.core.mods import Mod
+from attnlab.core.mods import CALLS, Mod
 
 
 def pair_mod(mask: Mask, S: int | None) -> Mod:
@@ -45,3 +48,32 @@ def capped(score: Mod | None, cap: float | None) -> Mod | None:
 
     out = Mod.of(both, score_dtype="float32")
     return dataclasses.replace(out, batch=score.batch, heads=score.heads)
+
+
+def with_plain_sums(function, *args):
+    """``function(*args)`` where the sums of cotangents that jax makes of a value used twice are
+    additions: Mosaic GPU has no lowering for its ``add_any``."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+
+    def run(jaxpr: Any, consts, values):
+        names = (*jaxpr.constvars, *jaxpr.invars)
+        env: dict[Any, Any] = dict(zip(names, (*consts, *values), strict=True))
+
+        def read(x):
+            return x.val if isinstance(x, jex.Literal) else env[x]
+
+        for eqn in jaxpr.eqns:
+            given, inner = [read(x) for x in eqn.invars], CALLS.get(eqn.primitive.name)
+            if inner is not None:
+                called = eqn.params[inner]
+                out = run(getattr(called, "jaxpr", called), getattr(called, "consts", ()), given)
+            elif eqn.primitive.name == "add_any":
+                out = [given[0] + given[1]]
+            else:
+                out = eqn.primitive.bind(*given, **eqn.params)
+                out = out if eqn.primitive.multiple_results else [out]
+            env |= dict(zip(eqn.outvars, out, strict=True))
+        return [read(x) for x in jaxpr.outvars]
+
+    out = run(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+    return jax.tree.unflatten(jax.tree.structure(shapes), out)
