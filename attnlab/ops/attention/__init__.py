@@ -34,7 +34,7 @@ from attnlab.core.linear import widened
 from attnlab.core.mask import Coords, Mask
 from attnlab.core.mods import Mod, Program
 from attnlab.core.types import Layout
-from attnlab.ops.attention import gpu, reference, tpu, vendor, xla
+from attnlab.ops.attention import gpu, reference, tpu, vendor, vendor_tokamax_splash, xla
 from attnlab.ops.attention.inputs import check_options, composed, coordinates
 from attnlab.ops.attention.planned import Planned, plan
 
@@ -85,6 +85,7 @@ OP = Op(
         *gpu.IMPLEMENTATIONS,
         tpu.IMPLEMENTATION,
         *vendor.IMPLEMENTATIONS,
+        vendor_tokamax_splash.IMPLEMENTATION,
     ],
     {
         "cpu": ("xla",),
