@@ -228,25 +228,28 @@ def _score(score_mod: Callable[..., Any] | Mod, softmax_dtype: str) -> Mod:
     return score_mod
 
 
-def _over_shards(forward, q, k, v, *, mask, score, q_coords, k_coords, sink_logits, **static):
+def _over_shards(
+    forward, q, k, v, *carry, mask, score, q_coords, k_coords, sink_logits, **static
+):
     """``forward`` on each device's rows and heads, for kernels that XLA cannot cut itself.
 
     Rows and heads are independent of each other: nothing is communicated. Heads stay whole where
     the mesh does not cut queries and keys alike; a single key/value head goes to every device.
+    ``carry``: further arrays ``[B, T, N, ...]``.
     """
 
     dtype = k.dtype
 
-    def part(q, k, v, mask, score, q_coords, k_coords, sink_logits):
+    def part(q, k, v, mask, score, q_coords, k_coords, sink_logits, *carry):
         k, v = k.astype(dtype), v.astype(dtype)
         return forward(
-            q, k, v, mask=mask, score=score, q_coords=q_coords, k_coords=k_coords,
+            q, k, v, *carry, mask=mask, score=score, q_coords=q_coords, k_coords=k_coords,
             sink_logits=sink_logits, **static,
         )
 
     context = axes.current()
     if context is None or context[0].size == 1:
-        return part(q, k, v, mask, score, q_coords, k_coords, sink_logits)
+        return part(q, k, v, mask, score, q_coords, k_coords, sink_logits, *carry)
     batch, (heads, kv_heads) = axes.cut("batch", q.shape[0]), axes.cut_heads(q.shape[2], k.shape[2])
     if heads and not kv_heads:
         k, v = widened(k, "float32"), widened(v, "float32")
@@ -256,9 +259,10 @@ def _over_shards(forward, q, k, v, *, mask, score, q_coords, k_coords, sink_logi
         coords = dataclasses.replace(coords, segments=None)
     mods = None if score is None else score.specs(P, batch, heads)
     specs = (q_spec, kv_spec, kv_spec, mask.specs(batch, heads), mods, coords, coords, P(heads))
+    specs += (q_spec,) * len(carry)
     return jax.shard_map(
-        part, mesh=context[0], in_specs=specs, out_specs=(q_spec, q_spec), check_vma=False
-    )(q, k, v, mask, score, q_coords, k_coords, sink_logits)
+        part, mesh=context[0], in_specs=specs, out_specs=q_spec, check_vma=False
+    )(q, k, v, mask, score, q_coords, k_coords, sink_logits, *carry)
 
 
 def _shapes(q, k, v) -> tuple[int, int, int, int, int, int, int]:

@@ -20,6 +20,7 @@ output for the backward pass.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from jaxtyping import Array, Float
 from attnlab.core.errors import ConfigError, ShapeError
 from attnlab.core.softmax import finish_state, merge_states
 from attnlab.core.types import Layout
-from attnlab.ops.attention import OP, arguments
+from attnlab.ops.attention import OP, _over_shards, arguments
 
 
 @jax.tree_util.register_dataclass
@@ -108,10 +109,14 @@ def attention_step(
         carry.check(shape, given["softmax_dtype"])
     if call.S == 0:
         return Carry.empty(*shape, given["softmax_dtype"]) if carry is None else carry
-    step: Any = OP.choose(call, impl, step=True).step
-    before = None if carry is None else (carry.o, carry.m, carry.l)
-    o, m, l = step(before, q, k, v, **given)
-    return Carry(o, m, l)
+    chosen: Any = OP.choose(call, impl, step=True)
+
+    def step(q, k, v, *before, **given):
+        return chosen.step(before or None, q, k, v, **given)
+
+    run = step if chosen.partitions else functools.partial(_over_shards, step)
+    before = () if carry is None else (carry.o, carry.m, carry.l)
+    return Carry(*run(q, k, v, *before, **given))
 
 
 def merge(a: Carry, b: Carry) -> Carry:
