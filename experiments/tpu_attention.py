@@ -107,8 +107,9 @@ def kernel_ms(row: dict[str, Any]) -> float | None:
     if "error" in row:
         return None
     heads = HEADS[row["shape"]["H"]]
-    mine = [k for k in row["kernels"] if (k["role"] == "forward") == (row["direction"] == "forward")]
-    return 1e3 * heads * sum(k["seconds"] for k in mine)
+    forward = row["direction"] == "forward"
+    mine = [k["seconds"] for k in row["kernels"] if (k["role"] == "forward") == forward]
+    return 1e3 * heads * sum(mine)
 
 
 def measure(path: Path, chips: list[str], seconds: float) -> None:

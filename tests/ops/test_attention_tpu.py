@@ -25,7 +25,7 @@ from attnlab.core.mask import (
     Window,
 )
 from attnlab.core.mods import Mod
-from attnlab.ops.attention import OP, Call, reference, tpu, tpu_blocks, tpu_steps
+from attnlab.ops.attention import OP, Call, reference, tpu, tpu_blocks, tpu_steps, tuning
 from attnlab.testing.budget import close
 
 RNG = np.random.default_rng(0)
@@ -309,3 +309,30 @@ def _program(function):
 def test_what_is_served(changes, reason):
     found = OP.implementations["tpu"].supports(dataclasses.replace(CALL, **changes))
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    "axis, most, size, name",
+    [("T", 4096, 512, "backward"), ("S", 8192, 512, "backward"), ("S", 8192, 2048, "forward")],
+)
+def test_tiles_that_no_step_can_name(monkeypatch, axis, most, size, name):
+    """The last row or column that fits is served and packed right; one token more is refused."""
+    monkeypatch.undo()  # the kernels' own block sizes
+    blocks = {"block_q": 1024, "block_k": 1024, "block_q_bwd": 512, "block_k_bwd": 512}
+    if name == "forward":
+        blocks = {"block_q": 1024, "block_k": 2048, "block_q_bwd": 512, "block_k_bwd": 4096}
+    supports = OP.implementations["tpu"].supports
+    call = dataclasses.replace(CALL, layout="any", **{axis: most * size})
+    with tuning.forcing(blocks), tuning.recording() as choices:
+        assert supports(call) is None
+        reason = supports(dataclasses.replace(call, **{axis: most * size + 1}))
+    assert reason == (
+        f"{axis} = {most * size + 1} makes {most + 1} {name} tiles of {size}, at most {most} are "
+        "served: force larger blocks, or take parts (attention_step)"
+    )
+    assert not choices, "asking is not choosing"
+    place = most - 1
+    entry = np.int32(place << tpu_steps.COLUMN_AT if axis == "S" else place << tpu_steps.ROW_AT)
+    assert entry >= 0
+    found = tpu_steps.column_of(entry) if axis == "S" else tpu_steps.row_of(entry)
+    assert found == place

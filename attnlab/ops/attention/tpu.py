@@ -10,10 +10,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from attnlab.core.dispatch import Device, Implementation
+from attnlab.core.dispatch import Device, Implementation, compiling_for
 from attnlab.core.mask import Blocks, MaskMod, conjuncts, parts
 from attnlab.core.staging import split, values
-from attnlab.ops.attention import tpu_blocks  # noqa: F401 - makes its block sizes known
+from attnlab.ops.attention import tpu_blocks, tpu_steps, tuning
 from attnlab.ops.attention.pairs import capped
 
 DTYPES = ("bfloat16", "float32")
@@ -51,6 +51,28 @@ def _limits(call):
             )
     listed = sum(isinstance(part, Blocks) for part in conjuncts(call.mask))
     yield listed > 1, "one Blocks mask at most is served"
+    reason = _overflow(call)
+    yield reason is not None, str(reason)
+
+
+def _overflow(call) -> str | None:
+    """The reason where a tile's row or column does not fit into the words of the step tables."""
+    rows, columns = tpu_steps.MOST_ROWS, tpu_steps.MOST_COLUMNS
+    if call.T <= 16 * rows and call.S <= 128 * columns:  # whatever the tiles are
+        return None
+    with compiling_for(call.device), tuning.recording():
+        for name, choose in (
+            ("forward", tpu_blocks.forward_blocks), ("backward", tpu_blocks.backward_blocks)
+        ):
+            sizes = choose(call.T, call.S, call.H, call.V, call.dtype, call.mask)
+            for axis, length, size, most in zip("TS", (call.T, call.S), sizes, (rows, columns)):
+                tiles = -(-length // size)
+                if tiles > most:
+                    return (
+                        f"{axis} = {length} makes {tiles} {name} tiles of {size}, at most {most} "
+                        "are served: force larger blocks, or take parts (attention_step)"
+                    )
+    return None
 
 
 def _body_limits(call, what: str, program):
