@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from attnlab.core.dispatch import Device
+from attnlab.core.dispatch import Device, compiling_for
 from attnlab.core.errors import UnsupportedError
 from attnlab.core.mask import (
     Blocks,
@@ -254,6 +254,29 @@ def test_in_parts(name, monkeypatch):
     monkeypatch.setattr(tpu_steps, "MOST_STEPS", 4)
     monkeypatch.setattr(tpu_blocks, "sums_limit", lambda kind: 128 * 1024)
     agree(CASES[name], interpret=True)
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
+@pytest.mark.parametrize("sink", [False, True])
+def test_what_is_added_to_rows(sink, kind):
+    """It never reaches the scores, but o and lse; where it is -inf, the row is empty."""
+    added = normal(4, 200, scale=30.0).at[:, ::3].set(-jnp.inf)
+    bias = normal(4, 200)
+
+    def score(captured):
+        return lambda s, head, q_pos, k_pos: (
+            2 * s + added[head, q_pos] - captured[head, k_pos] + 0.1 * (k_pos - q_pos)
+        )
+
+    case = Case(Causal() & Window(150), T=200, score=score, captured=bias, sink=sink)
+    with compiling_for(Device("tpu", kind)):
+        found = results(tpu.forward, case, "float32", interpret=True)
+    assert np.isneginf(found[1][:, ::3]).all() != sink and (found[0][:, ::3] == 0).all()
+    exact = results(reference.forward, case, "float32")
+    for name, a, b in zip(("o", "lse"), found, exact):
+        close(a, b, kind="op", name=name)
+    for i, (a, b) in enumerate(zip(found[2], exact[2], strict=True)):
+        close(a, b, kind="gradient", name=f"gradient {i}")
 
 
 def test_the_same_twice():

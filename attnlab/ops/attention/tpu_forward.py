@@ -174,6 +174,7 @@ def _kernel(
         column_of(here) * plan.block_k,
     )
     V, along = a_ref.shape[-1], _lse_width(plan) is None
+    owed: list[bool] = []  # whether scores lack what is added to a whole row
 
     @pl.when(has(here, FIRST))
     def _():
@@ -189,10 +190,10 @@ def _kernel(
             part = dataclasses.replace(tile, columns=(start, start + plan.chunk))
             keys = pl.ds(start, plan.chunk)
             raw = product(q_ref[0, 0], k_ref[0, 0, keys], (1, 1))
-            if plan.score is None:
-                z = raw * (plan.scale * LOG2E)
-            else:
-                z = part.scored(raw * plan.scale)[0] * LOG2E
+            z, row = part.based(raw)
+            owed.append(row is not None)
+            if row is not None and carried is not None:  # a state's reference counts it
+                z = z + part.lift(row, "row", "tile")
             if partial:
                 z = jnp.where(part.seen(), z, NEVER)
             before = m_ref[...]
@@ -214,7 +215,11 @@ def _kernel(
         if carried is not None:
             _suspend(top, total, a_ref, (o_ref, *row_refs), along)
             return
-        factor = None
+        factor = row = None
+        if any(owed):  # -inf hides the row
+            part = dataclasses.replace(tile, columns=(0, LANES))
+            _, row = part.based(jnp.zeros((plan.block_q, LANES), jnp.float32))
+            top, total = top + row, jnp.where(row > LOWEST, total, 0.0)
         if "sink" in dict(plan.names):
             logit, rank = tile.operand("sink", dict(plan.names)["sink"])
             sink = (logit if rank == "row" else tile.lift(logit, rank, "row")) * LOG2E
@@ -222,6 +227,8 @@ def _kernel(
             factor, top = jnp.exp2(top - both), both
             total = total * factor + jnp.exp2(sink - both)
         share = reciprocal(total)
+        if row is not None and factor is None:
+            share = jnp.where(row > LOWEST, share, 0.0)
         share = share if factor is None else share * factor
         o_ref[0, 0] = (a_ref[...] * lanes(share, V)).astype(o_ref.dtype)
         if along:  # few vectors to take logarithms of
