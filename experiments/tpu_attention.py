@@ -112,10 +112,12 @@ def kernel_ms(row: dict[str, Any]) -> float | None:
     return 1e3 * heads * sum(mine)
 
 
-def measure(path: Path, chips: list[str], seconds: float) -> None:
+def measure(path: Path, chips: list[str], impls: list[str], seconds: float) -> None:
     """Compile what has no row yet, one chip after the other."""
     done = {key(row) for row in bench.stored(path)}
-    waiting = [cell for cell in cells(chips) if key(cell) not in done]
+    waiting = [
+        cell for cell in cells(chips) if key(cell) not in done and cell["implementation"] in impls
+    ]
     print(f"{len(waiting)} cells without a row")
     started = time.monotonic()
     for cell in waiting:
@@ -225,10 +227,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plot", action="store_true", help="only draw the plot and the table")
     parser.add_argument("--target", default=",".join(CHIPS), help="chips, in this order")
+    parser.add_argument("--impl", default=",".join(IMPLS), help="implementations to compile")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     parser.add_argument("--rows", type=Path, default=ROWS, help="the file of rows")
     options = parser.parse_args()
     if not options.plot:
-        measure(options.rows, options.target.split(","), options.seconds)
+        measure(
+            options.rows, options.target.split(","), options.impl.split(","), options.seconds
+        )
     plot(options.rows)
     print(table(options.rows))
