@@ -265,7 +265,7 @@ def test_splash_in_the_interpreter(mask, packed, V, cap):
 )
 @pytest.mark.parametrize(
     "mask, packed, V, cap",
-    [(Causal(), True, 64, None), (Causal() & Window(90), False, 128, 3.0), (Full(), True, 64, None)],
+    [(Causal(), True, 64, None), (Causal() & Window(9), False, 128, 3.0), (Full(), True, 64, 9.0)],
 )
 def test_tokamax_splash_in_the_interpreter(mask, packed, V, cap):
     forward = functools.partial(vendor_tokamax_splash.forward, interpret=True)
