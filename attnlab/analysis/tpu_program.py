@@ -45,10 +45,10 @@ def hbm_bytes(text: str) -> list[float]:
     return [_array_bytes(*found) for found in _ARRAY.findall(text)]
 
 
-def _array_bytes(dtype: str, dims: str, layout: str) -> float:
+def _array_bytes(dtype: str, dims: str, layout: str, anywhere: bool = False) -> float:
     sizes = [int(d) for d in dims.split(",") if d]
     order, _, rest = layout.partition(":")
-    if "S(" in rest:  # a memory space other than HBM
+    if "S(" in rest and not anywhere:  # a memory space other than HBM
         return 0.0
     tile = re.search(r"T\(([\d,]+)\)", rest)
     minor = [sizes[int(i)] for i in order.split(",") if i]  # from the fastest dimension on
@@ -74,9 +74,9 @@ def traffic(text: str) -> float:
             continue
         operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
         if op.endswith("-start"):  # a copy: (destination, source, ...) or ((source), destination)
-            sides = types[name][:2]
-            moved = min((side for side in sides if side), default=0.0)
-            total += moved * sum(side > 0 for side in sides)
+            # A slice moves what the smaller side holds, which may be the one on the chip.
+            sides = [_array_bytes(*side, anywhere=True) for side in _ARRAY.findall(kind)[:2]]
+            total += min(sides, default=0.0) * sum(side > 0 for side in types[name][:2])
         else:
             total += sum(types[name]) + sum(sum(types.get(o, [])) for o in operands)
     return total

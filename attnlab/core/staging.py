@@ -104,37 +104,45 @@ class Body:
             handed: value and rank of each entry of ``handed``.
             lift: ``lift(value, rank, to)``, the value broadcast to a higher rank.
         """
+        known = self.given(values, handed)
+        for step in self.steps:
+            known[step.results[0]] = apply(step, [operand(known, x) for x in step.operands], lift)
+        value, rank = operand(known, self.result)
+        return value if rank == "tile" else lift(_as_array(value), rank, "tile")
+
+    def given(self, values: dict[str, tuple[Any, str]], handed: list[tuple[Any, str]]) -> dict:
+        """Variables whose value and rank is known at the start; arguments as of a call."""
         known: dict[Any, tuple[Any, str]] = {
             self.inputs.get(name, name): value for name, value in values.items()
         }
         for entry, (value, rank) in zip(self.handed, handed, strict=True):
             known[entry.variable] = (value != 0 if entry.dtype == "bool" else value, rank)
+        return known
 
-        def operand(x):
-            return (x.value, "scalar") if isinstance(x, _Constant) else known[x]
 
-        for step in self.steps:
-            given = [operand(x) for x in step.operands]
-            rank = functools.reduce(_join, (r for _, r in given), "scalar")
-            if step.primitive is not None and step.primitive.name in _SHAPES:
-                known[step.results[0]] = given[0]
-                continue
-            arguments = [_as_array(v) if r == rank else lift(_as_array(v), r, rank)
-                         for v, r in given]
-            params = {k: v for k, v in step.params.items() if k != "sharding"}
-            if step.primitive is None:
-                out = arguments[0] - arguments[1] if len(arguments) > 1 else arguments[0]
-            elif step.primitive.name == "convert_element_type":
-                out = lax.convert_element_type(arguments[0], params["new_dtype"])
-            elif step.primitive.name == "div" and given[1][1] == "scalar" != rank and _real(given):
-                out = arguments[0] * lift(1 / _as_array(given[1][0]), "scalar", rank)
-            elif step.primitive.name == "select_n":
-                out = jnp.where(arguments[0], arguments[2], arguments[1])
-            else:
-                out = step.primitive.bind(*arguments, **params)
-            known[step.results[0]] = (out, rank)
-        value, rank = operand(self.result)
-        return value if rank == "tile" else lift(_as_array(value), rank, "tile")
+def operand(known: dict, x: Any) -> tuple[Any, str]:
+    """Value and rank of an operand of a step."""
+    return (x.value, "scalar") if isinstance(x, _Constant) else known[x]
+
+
+def apply(step: _Step, given: list[tuple[Any, str]], lift: Callable[[Any, str, str], Any]):
+    """Value and rank of the result of one step of a body."""
+    rank = functools.reduce(_join, (r for _, r in given), "scalar")
+    if step.primitive is not None and step.primitive.name in _SHAPES:
+        return given[0]
+    arguments = [_as_array(v) if r == rank else lift(_as_array(v), r, rank) for v, r in given]
+    params = {k: v for k, v in step.params.items() if k != "sharding"}
+    if step.primitive is None:
+        out = arguments[0] - arguments[1] if len(arguments) > 1 else arguments[0]
+    elif step.primitive.name == "convert_element_type":
+        out = lax.convert_element_type(arguments[0], params["new_dtype"])
+    elif step.primitive.name == "div" and given[1][1] == "scalar" != rank and _real(given):
+        out = arguments[0] * lift(1 / _as_array(given[1][0]), "scalar", rank)
+    elif step.primitive.name == "select_n":
+        out = jnp.where(arguments[0], arguments[2], arguments[1])
+    else:
+        out = step.primitive.bind(*arguments, **params)
+    return out, rank
 
 
 def _real(given) -> bool:

@@ -219,6 +219,14 @@ def test_bytes_around_kernels(tmp_path):
         tpu_program.read(tmp_path / "nowhere")
 
 
+def test_slices_fetched_in_advance():
+    """A slice on its way to VMEM moves its own bytes, not those of the array it is cut from."""
+    start = ("((s8[4096]{0:T(1024)(128)(4,1)}), s8[1024]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) "
+             "slice-start(%q), slice={[0:1024]}")
+    program = PROGRAM.replace("  %k =", f"  %part = {start}\n  %k =")
+    assert tpu_program.traffic(program) == tpu_program.traffic(PROGRAM) + 1024
+
+
 def test_targets():
     assert json.dumps([t.name for t in TARGETS.values()])
     with pytest.raises(ConfigError, match="use one of v4, v5e, v5p, v6e, v7x, h200"):

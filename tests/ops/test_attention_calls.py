@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import re
 
 import jax
@@ -24,7 +25,15 @@ from attnlab.core.mask import (
     Window,
 )
 from attnlab.core.versions import JAX
-from attnlab.ops.attention import OP, Call, attention, reference, vendor
+from attnlab.ops.attention import (
+    OP,
+    Call,
+    attention,
+    reference,
+    tuning,
+    vendor,
+    vendor_tokamax_splash,
+)
 from attnlab.ops.attention.shapes import SHAPES
 from attnlab.testing.budget import close
 
@@ -91,6 +100,29 @@ def test_a_missing_or_changed_tokamax_is_a_reason(monkeypatch):
     vendor._broken_tokamax.cache_clear()
     assert "does not fit: cannot import name 'Mask'" in supports(CALL)
     vendor._broken_tokamax.cache_clear()
+
+
+def test_tokamax_splash_is_a_peer_by_name(monkeypatch):
+    """Without tokamax a clear reason; never in the order; its blocks are known all the same."""
+    call = dataclasses.replace(CALL, device=TPU)
+    supports = OP.implementations["tokamax-splash"].supports
+    assert supports(CALL) == "runs on TPUs, not on gpu"
+    assert "T = 1000 is not" in supports(dataclasses.replace(call, T=1000, S=1000))
+    monkeypatch.setattr(vendor.importlib.util, "find_spec", lambda name: None)
+    assert supports(call).startswith("tokamax is not installed")
+    monkeypatch.setattr(vendor.importlib.util, "find_spec", lambda name: object())
+
+    def gone():
+        raise ImportError("No module named 'tokamax'")
+
+    monkeypatch.setattr(vendor_tokamax_splash, "_library", gone)
+    vendor_tokamax_splash._broken.cache_clear()
+    assert "does not fit: No module named" in supports(call)
+    vendor_tokamax_splash._broken.cache_clear()
+    assert not any("tokamax-splash" in names for names in OP.order.values())
+    key = tuning.Key("tokamax-splash", "forward", 64, 64, 1, "bfloat16", 1024, 1024, "causal")
+    with tuning.forcing({"k_transposed": 2}), pytest.raises(ConfigError, match="not one of"):
+        tuning.choose(key)
 
 
 def test_order_of_preference():
@@ -226,6 +258,19 @@ def _check_vendor(f, mask, packed, V, cap):
 )
 def test_splash_in_the_interpreter(mask, packed, V, cap):
     _check_vendor(functools.partial(vendor.splash, interpret=True), mask, packed, V, cap)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tokamax") is None, reason='needs pip install "attnlab[kernels]"'
+)
+@pytest.mark.parametrize(
+    "mask, packed, V, cap",
+    [(Causal(), True, 64, None), (Causal() & Window(9), False, 128, 3.0), (Full(), True, 64, 9.0)],
+)
+def test_tokamax_splash_in_the_interpreter(mask, packed, V, cap):
+    forward = functools.partial(vendor_tokamax_splash.forward, interpret=True)
+    with tuning.forcing({"k_transposed": 1, "dq_steps": 0}):
+        _check_vendor(forward, mask, packed, V, cap)
 
 
 def test_splash_lowers_for_tpu():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from attnlab.core.dispatch import Device
+from attnlab.core.dispatch import Device, compiling_for
 from attnlab.core.errors import UnsupportedError
 from attnlab.core.mask import (
     Blocks,
@@ -25,7 +25,7 @@ from attnlab.core.mask import (
     Window,
 )
 from attnlab.core.mods import Mod
-from attnlab.ops.attention import OP, Call, reference, tpu, tpu_blocks, tpu_steps
+from attnlab.ops.attention import OP, Call, reference, tpu, tpu_blocks, tpu_steps, tuning
 from attnlab.testing.budget import close
 
 RNG = np.random.default_rng(0)
@@ -256,6 +256,29 @@ def test_in_parts(name, monkeypatch):
     agree(CASES[name], interpret=True)
 
 
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v6 lite"])
+@pytest.mark.parametrize("sink", [False, True])
+def test_what_is_added_to_rows(sink, kind):
+    """It never reaches the scores, but o and lse; where it is -inf, the row is empty."""
+    added = normal(4, 200, scale=30.0).at[:, ::3].set(-jnp.inf)
+    bias = normal(4, 200)
+
+    def score(captured):
+        return lambda s, head, q_pos, k_pos: (
+            2 * s + added[head, q_pos] - captured[head, k_pos] + 0.1 * (k_pos - q_pos)
+        )
+
+    case = Case(Causal() & Window(150), T=200, score=score, captured=bias, sink=sink)
+    with compiling_for(Device("tpu", kind)):
+        found = results(tpu.forward, case, "float32", interpret=True)
+    assert np.isneginf(found[1][:, ::3]).all() != sink and (found[0][:, ::3] == 0).all()
+    exact = results(reference.forward, case, "float32")
+    for name, a, b in zip(("o", "lse"), found, exact):
+        close(a, b, kind="op", name=name)
+    for i, (a, b) in enumerate(zip(found[2], exact[2], strict=True)):
+        close(a, b, kind="gradient", name=f"gradient {i}")
+
+
 def test_the_same_twice():
     case = CASES["several captured"]
     one, other = (results(tpu.forward, case, "float32", interpret=True) for _ in range(2))
@@ -309,3 +332,30 @@ def _program(function):
 def test_what_is_served(changes, reason):
     found = OP.implementations["tpu"].supports(dataclasses.replace(CALL, **changes))
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    "axis, most, size, name",
+    [("T", 4096, 512, "backward"), ("S", 8192, 512, "backward"), ("S", 8192, 2048, "forward")],
+)
+def test_tiles_that_no_step_can_name(monkeypatch, axis, most, size, name):
+    """The last row or column that fits is served and packed right; one token more is refused."""
+    monkeypatch.undo()  # the kernels' own block sizes
+    blocks = {"block_q": 1024, "block_k": 1024, "block_q_bwd": 512, "block_k_bwd": 512}
+    if name == "forward":
+        blocks = {"block_q": 1024, "block_k": 2048, "block_q_bwd": 512, "block_k_bwd": 4096}
+    supports = OP.implementations["tpu"].supports
+    call = dataclasses.replace(CALL, layout="any", **{axis: most * size})
+    with tuning.forcing(blocks), tuning.recording() as choices:
+        assert supports(call) is None
+        reason = supports(dataclasses.replace(call, **{axis: most * size + 1}))
+    assert reason == (
+        f"{axis} = {most * size + 1} makes {most + 1} {name} tiles of {size}, at most {most} are "
+        "served: force larger blocks, or take parts (attention_step)"
+    )
+    assert not choices, "asking is not choosing"
+    place = most - 1
+    entry = np.int32(place << tpu_steps.COLUMN_AT if axis == "S" else place << tpu_steps.ROW_AT)
+    assert entry >= 0
+    found = tpu_steps.column_of(entry) if axis == "S" else tpu_steps.row_of(entry)
+    assert found == place

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from attnlab import attention
 from attnlab.core import dispatch
 from attnlab.core.mask import Blocks, Causal, Full, Window
+from attnlab.ops.attention.carry import Carry, attention_step, finish
 
 
 def slope(table):
@@ -48,6 +49,10 @@ CELLS = {
     "relative": ((1, 1024, 1024, 2, 2, 128, 128), Causal(), (relative, (2, 64)), {}),
     "rows and columns": ((1, 1024, 1024, 2, 2, 64, 64), Causal(), (each_key, (2, 1024)), {}),
     "block lists": ((1, 1024, 1024, 4, 2, 128, 128), "blocks", None, {}),
+    "from a state": ((1, 1024, 1024, 4, 2, 128, 128), Causal(), (slope, (4,)), {"step": True}),
+    "from a state, few queries": (
+        (1, 40, 1024, 8, 2, 128, 128), Causal(), None, {"step": True}
+    ),
     "one query": ((4, 1, 2048, 32, 4, 128, 128), Causal(), (slope, (32,)), {"forward": True}),
     "eight absorbed queries": ((1, 8, 2048, 128, 1, 576, 512), Causal(), None, {"forward": True}),
 }
@@ -57,6 +62,14 @@ def compiled(cell, target: dispatch.Device, sharding) -> float:
     """MiB of temporary memory of one cell, forward and all gradients."""
     (B, T, S, N, K, H, V), mask, score, options = cell
     dtype = options.get("dtype", "bfloat16")
+
+    def step(q, k, v, table, sink, positions, o, m, l):
+        carry = attention_step(
+            Carry(o, m, l), q, k, v, positions=(positions[:, :T], positions), impl="tpu",
+            score_mod=score[0](table) if score else None, mask=mask,
+        )
+        o, lse = finish(carry, sink)
+        return o.sum() + lse.sum()
 
     def f(q, k, v, table, sink, positions, segments, lists):
         seen = Causal() & Blocks(lists, 128, 256) if mask == "blocks" else mask
@@ -75,8 +88,11 @@ def compiled(cell, target: dispatch.Device, sharding) -> float:
         (score[1] if score else (1,), "float32"), ((N,), "float32"), ((B, S), "int32"),
         ((B, S), "int32"), ((1, N, T // 128 or 1, 2), "int32"),
     ]
-    arrays = [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in shapes]
     program = f if "forward" in options else jax.grad(f, (0, 1, 2, 3, 4))
+    if "step" in options:
+        shapes[6:] = [((B, T, N, V), "float32"), *[((B, T, N), "float32")] * 2]
+        program = jax.grad(step, (0, 1, 2, 3, 4, 6, 7, 8))
+    arrays = [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in shapes]
     with dispatch.compiling_for(target):
         executable = jax.jit(program).lower(*arrays).compile()
     return executable.memory_analysis().temp_size_in_bytes / 2**20

@@ -34,7 +34,7 @@ from attnlab.core.linear import widened
 from attnlab.core.mask import Coords, Mask
 from attnlab.core.mods import Mod, Program
 from attnlab.core.types import Layout
-from attnlab.ops.attention import gpu, reference, tpu, triton, vendor, xla
+from attnlab.ops.attention import gpu, reference, tpu, triton, vendor, vendor_tokamax_splash, xla
 from attnlab.ops.attention.inputs import check_options, composed, coordinates
 from attnlab.ops.attention.planned import Planned, plan
 
@@ -86,6 +86,7 @@ OP = Op(
         tpu.IMPLEMENTATION,
         triton.IMPLEMENTATION,
         *vendor.IMPLEMENTATIONS,
+        vendor_tokamax_splash.IMPLEMENTATION,
     ],
     {
         "cpu": ("xla",),

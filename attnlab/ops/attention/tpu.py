@@ -10,10 +10,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from attnlab.core.dispatch import Device, Implementation
+from attnlab.core.dispatch import Device, Implementation, compiling_for
 from attnlab.core.mask import Blocks, MaskMod, conjuncts, parts
 from attnlab.core.staging import split, values
-from attnlab.ops.attention import tpu_blocks  # noqa: F401 - makes its block sizes known
+from attnlab.ops.attention import tpu_blocks, tpu_steps, tuning
 from attnlab.ops.attention.pairs import capped
 
 DTYPES = ("bfloat16", "float32")
@@ -51,6 +51,28 @@ def _limits(call):
             )
     listed = sum(isinstance(part, Blocks) for part in conjuncts(call.mask))
     yield listed > 1, "one Blocks mask at most is served"
+    reason = _overflow(call)
+    yield reason is not None, str(reason)
+
+
+def _overflow(call) -> str | None:
+    """The reason where a tile's row or column does not fit into the words of the step tables."""
+    rows, columns = tpu_steps.MOST_ROWS, tpu_steps.MOST_COLUMNS
+    if call.T <= 16 * rows and call.S <= 128 * columns:  # whatever the tiles are
+        return None
+    with compiling_for(call.device), tuning.recording():
+        for name, choose in (
+            ("forward", tpu_blocks.forward_blocks), ("backward", tpu_blocks.backward_blocks)
+        ):
+            sizes = choose(call.T, call.S, call.H, call.V, call.dtype, call.mask)
+            for axis, length, size, most in zip("TS", (call.T, call.S), sizes, (rows, columns)):
+                tiles = -(-length // size)
+                if tiles > most:
+                    return (
+                        f"{axis} = {length} makes {tiles} {name} tiles of {size}, at most {most} "
+                        "are served: force larger blocks, or take parts (attention_step)"
+                    )
+    return None
 
 
 def _body_limits(call, what: str, program):
@@ -75,6 +97,45 @@ def forward(
     """
     from attnlab.ops.attention import tpu_attend
 
+    problem, handed, fixed = _staged(
+        q, k, mask, score, q_coords, k_coords, scale, logit_cap, layout, interpret
+    )
+    sink = None if sink_logits is None else sink_logits.astype(jnp.float32)[None]
+    if sink is not None:
+        sink = problem.folded("heads", sink)
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    o, lse = tpu_attend.attend(  # type: ignore[misc] - a custom_vjp has no result type
+        problem, problem.rows_of(q), k, v, sink, handed, fixed
+    )
+    o, lse = problem.tokens_of(o), problem.tokens_of(lse[..., None])
+    return o.swapaxes(1, 2), lse[..., 0].swapaxes(1, 2)
+
+
+def step(
+    carry, q, k, v, *, mask, score, q_coords, k_coords, scale, sink_logits, logit_cap, return_lse,
+    softmax_dtype, layout, interpret: Any = False,
+):
+    """The state ``(o, m, l)`` of ``carry`` and these keys; see ``carry.attention_step``."""
+    from attnlab.ops.attention.tpu_carry import advance
+
+    problem, handed, fixed = _staged(
+        q, k, mask, score, q_coords, k_coords, scale, logit_cap, layout, interpret
+    )
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    if carry is not None:
+        o, *rows = (x.swapaxes(1, 2) for x in carry)
+        carry = (problem.rows_of(o), *(problem.rows_of(x[..., None])[..., 0] for x in rows))
+    o, *rows = advance(  # type: ignore[misc] - a custom_vjp has no result type
+        problem, carry, problem.rows_of(q), k, v, handed, fixed
+    )
+    m, l = (problem.tokens_of(x[..., None])[..., 0].swapaxes(1, 2) for x in rows)
+    return problem.tokens_of(o).swapaxes(1, 2), m, l
+
+
+def _staged(q, k, mask, score, q_coords, k_coords, scale, logit_cap, layout, interpret):
+    """``(problem, handed, fixed)`` of ``tpu_attend.attend``."""
+    from attnlab.ops.attention import tpu_attend
+
     B, T, N, _ = q.shape
     S, K = k.shape[1:3]
     score = capped(score, logit_cap)
@@ -84,7 +145,6 @@ def forward(
         body = split(score.program, T, S)
         handed = values(score, body, q_coords, k_coords)
     numbers = (None, None) if score is None else (score.batch, score.heads)
-    sink = None if sink_logits is None else sink_logits.astype(jnp.float32)[None]
     G = N // K
     fold = G if tpu_attend.folds(mask, body, handed, T, G, layout) else 1
     problem = tpu_attend.Problem(
@@ -93,16 +153,7 @@ def forward(
     )
     group_of = [] if body is None else [h.group for h in body.handed]
     handed = [problem.folded(g, x) for g, x in zip(group_of, handed)]
-    if sink is not None:
-        sink = problem.folded("heads", sink)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    o, lse = tpu_attend.attend(  # type: ignore[misc] - a custom_vjp has no result type
-
-        problem, problem.rows_of(q), k, v, sink, handed,
-        (mask, q_coords, k_coords, *numbers),
-    )
-    o, lse = problem.tokens_of(o), problem.tokens_of(lse[..., None])
-    return o.swapaxes(1, 2), lse[..., 0].swapaxes(1, 2)
+    return problem, handed, (mask, q_coords, k_coords, *numbers)
 
 
-IMPLEMENTATION = Implementation("tpu", supports, forward, partitions=False)
+IMPLEMENTATION = Implementation("tpu", supports, forward, partitions=False, step=step)

@@ -148,6 +148,7 @@ def _plan(problem: Problem, direction: str, shapes, handed, fixed, grads=(), sin
         problem.scale, frozenset(free), tuple(grads),
         None if sink is None else "rows" if sink.ndim == 3 else "heads",
     )
+    plan = dataclasses.replace(plan, vector_bound=problem.kind in tpu_blocks.WIDE_UNITS)
     lists = block_lists(
         mask, q, k, block_q=T if fold > 1 else block_q, block_k=block_k, layout=problem.layout
     )

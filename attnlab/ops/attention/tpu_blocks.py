@@ -14,6 +14,7 @@ LANES = 128
 MIB = 2**20
 VMEM = {"TPU v4": 16, "TPU v5 lite": 128, "TPU v5e": 128, "TPU v5": 64, "TPU v5p": 64,
         "TPU v6 lite": 128, "TPU v6e": 128, "TPU7x": 64}  # MiB a core
+WIDE_UNITS = ("TPU v6 lite", "TPU v6e", "TPU7x")  # matrix units 256 wide
 
 
 def vmem_limit(kind: str) -> int:
@@ -57,7 +58,7 @@ def _default(key: tuning.Key) -> tuning.Blocks:
     roomy = _roomy(key.H, key.V, key.dtype, kind)
     if key.direction == "forward":
         most, least = (1024,) * 2 if roomy else (512,) * 2, (16, LANES)
-    elif roomy and kind in ("TPU v6 lite", "TPU v6e", "TPU7x"):
+    elif roomy and kind in WIDE_UNITS:
         narrow = _wide(key.H) + _wide(key.V) <= 256
         most, least = (1024, 1024 if narrow else 512), (LANES, LANES)
     else:

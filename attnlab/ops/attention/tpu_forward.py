@@ -9,7 +9,13 @@ One step of the grid ``[B, K, G, steps]`` is one tile ``s[block_q, block_k]``. I
 logit is one more key with value 0, taken in at the end. Rows without visible key keep ``l = 0``:
 their o is 0 and their lse -inf.
 
-Arrays: ``q[B, N, T, H]``, ``k[B, K, S, H]``, ``v[B, K, S, V]``, lengths in whole tiles.
+A *state* of earlier keys (``core.softmax``) is where m, l and a start from instead of nothing, and
+what they are written to, undivided: ``m`` in natural units, -inf in rows that saw no key. Writing
+it rounds m, so a and l are brought to the rounded one: the next kernel then goes on from exactly
+the weights that this one meant.
+
+Arrays: ``q[B, N, T, H]``, ``k[B, K, S, H]``, ``v[B, K, S, V]``, lengths in whole tiles; state
+``(o[B, N, T, V], m[B, N, T], l[B, N, T])`` in float32.
 
 Sources: Milakov & Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135.
 """
@@ -48,20 +54,24 @@ from attnlab.ops.attention.tpu_tiles import LANES, Plan, gathered, specs
 
 def forward(
     plan: Plan, q, k, v, steps: Steps, arrays: list[jax.Array], leads, *, vmem: int,
-    interpret: Any,
+    interpret: Any, state: tuple | None = None,
 ):
-    """``(o[B, N, T, V], lse[B, N, T])``."""
+    """``(o[B, N, T, V], lse[B, N, T])``; with a ``state``, empty for none yet, the new one."""
     B, N, T, V = *q.shape[:3], v.shape[-1]
     width = _lse_width(plan)
-    out = (
-        jax.ShapeDtypeStruct((B, N, T, V), v.dtype),
-        jax.ShapeDtypeStruct((B, N, 1, T) if width is None else (B, N, T, width), jnp.float32),
+    row = jax.ShapeDtypeStruct((B, N, 1, T) if width is None else (B, N, T, width), jnp.float32)
+    out = (jax.ShapeDtypeStruct((B, N, T, V), v.dtype if state is None else jnp.float32), row)
+    if state is not None:
+        out += (row,)
+    if state:
+        state = (state[0], *(_laid(x, row.shape) for x in state[1:]))
+    call = functools.partial(
+        _call, plan, q, k, v, steps, arrays, leads, out, state, vmem, interpret
     )
-    call = functools.partial(_call, plan, q, k, v, steps, arrays, leads, out, vmem, interpret)
     if steps.parts == 1:
         fixed = not isinstance(steps.length, jax.Array)
         length = int(steps.length[0]) if fixed else steps.length[0]
-        o, lse = call(jnp.asarray(steps.table[0]), length, None)
+        o, *rows = call(jnp.asarray(steps.table[0]), length, None)
     else:
         empty = tuple(jnp.zeros(x.shape, x.dtype) for x in out)
 
@@ -69,8 +79,13 @@ def forward(
             return call(*table, done), None
 
         tables = (jnp.asarray(steps.table), jnp.asarray(steps.length))
-        (o, lse), _ = lax.scan(part, empty, tables)
-    return o, lse[:, :, 0] if width is None else lse[..., 0]
+        (o, *rows), _ = lax.scan(part, empty, tables)
+    return o, *(x[:, :, 0] if width is None else x[..., 0] for x in rows)
+
+
+def _laid(x, shape):
+    """Numbers ``[B, N, T]`` as the kernel reads them: along the lanes or in every lane."""
+    return jnp.broadcast_to(x[..., None], shape) if shape[-2] > 1 else x[:, :, None]
 
 
 def _lse_width(plan: Plan) -> int | None:
@@ -78,7 +93,9 @@ def _lse_width(plan: Plan) -> int | None:
     return None if plan.block_q % LANES == 0 else LANES
 
 
-def _call(plan, q, k, v, steps, arrays, leads, out, vmem, interpret, table, length, done):
+def _call(
+    plan, q, k, v, steps, arrays, leads, out, state, vmem, interpret, table, length, done
+):
     B, N, _, H = q.shape
     K, V, G = k.shape[1], v.shape[-1], N // k.shape[1]
 
@@ -108,20 +125,24 @@ def _call(plan, q, k, v, steps, arrays, leads, out, vmem, interpret, table, leng
         pl.BlockSpec((1, 1, bq, H), queries), pl.BlockSpec((1, 1, bk, H), keys),
         pl.BlockSpec((1, 1, bk, V), keys), *more_specs,
     ]
-    given = [q, k, v, *more]
+    out_specs = [pl.BlockSpec((1, 1, bq, V), queries)]
+    out_specs += [pl.BlockSpec((1, 1, *lse_block), statistics)] * (len(out) - 1)
+    given = [q, k, v, *more, *(state or ())]
+    in_specs += out_specs if state else []
     aliases = {}
     if done is not None:
-        aliases = {1 + len(given) + i: i for i in range(2)}
-        in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2
+        aliases = {1 + len(given) + i: i for i in range(len(out))}
+        in_specs += [pl.BlockSpec(memory_space=pl.ANY)] * len(out)
         given += done
-    kernel = functools.partial(_kernel, plan, entry, leads, G, 0 if done is None else 2)
+    unread = 0 if done is None else len(out)
+    kernel = functools.partial(_kernel, plan, entry, leads, G, unread)
+    if state is not None:
+        kernel = functools.partial(kernel, carried=bool(state))
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1, grid=(B, K, G, length), in_specs=in_specs,
-            out_specs=[
-                pl.BlockSpec((1, 1, bq, V), queries), pl.BlockSpec((1, 1, *lse_block), statistics)
-            ],
+            out_specs=out_specs,
             scratch_shapes=[
                 pltpu.VMEM((bq, LANES), jnp.float32), pltpu.VMEM((bq, LANES), jnp.float32),
                 pltpu.VMEM((bq, V), jnp.float32),
@@ -132,14 +153,20 @@ def _call(plan, q, k, v, steps, arrays, leads, out, vmem, interpret, table, leng
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=vmem, disable_bounds_checks=True,
         ),
-        name="attnlab_fwd",
+        name="attnlab_fwd" if state is None else "attnlab_step_fwd",
     )(table, *given)
 
 
-def _kernel(plan: Plan, entry, leads, G: int, unread: int, table, *refs):
+def _kernel(
+    plan: Plan, entry, leads, G: int, unread: int, table, *refs, carried: bool | None = None
+):
+    """``carried``: whether it goes on from a state; None where it neither reads nor writes one."""
     q_ref, k_ref, v_ref, *rest = refs
-    o_ref, lse_ref, m_ref, l_ref, a_ref = rest[-5:]
-    rest = rest[: -5 - unread]
+    *rest, m_ref, l_ref, a_ref = rest
+    outputs = 2 if carried is None else 3
+    rest, (o_ref, *row_refs) = rest[:-outputs], rest[-outputs:]
+    rest = rest[: len(rest) - unread]
+    rest, before = (rest[:-3], rest[-3:]) if carried else (rest, None)
     b, kv, g, s = (pl.program_id(i) for i in range(4))
     here, n = entry(b, kv, g, s, table), kv * G + g
     tile = Tile(
@@ -147,9 +174,13 @@ def _kernel(plan: Plan, entry, leads, G: int, unread: int, table, *refs):
         column_of(here) * plan.block_k,
     )
     V, along = a_ref.shape[-1], _lse_width(plan) is None
+    owed: list[bool] = []  # whether scores lack what is added to a whole row
 
     @pl.when(has(here, FIRST))
     def _():
+        if before is not None:
+            _resume(before, m_ref, l_ref, a_ref, along)
+            return
         m_ref[...] = jnp.full(m_ref.shape, LOWEST, jnp.float32)
         l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
         a_ref[...] = jnp.zeros(a_ref.shape, jnp.float32)
@@ -159,10 +190,10 @@ def _kernel(plan: Plan, entry, leads, G: int, unread: int, table, *refs):
             part = dataclasses.replace(tile, columns=(start, start + plan.chunk))
             keys = pl.ds(start, plan.chunk)
             raw = product(q_ref[0, 0], k_ref[0, 0, keys], (1, 1))
-            if plan.score is None:
-                z = raw * (plan.scale * LOG2E)
-            else:
-                z = part.scored(raw * plan.scale)[0] * LOG2E
+            z, row = part.based(raw)
+            owed.append(row is not None)
+            if row is not None and carried is not None:  # a state's reference counts it
+                z = z + part.lift(row, "row", "tile")
             if partial:
                 z = jnp.where(part.seen(), z, NEVER)
             before = m_ref[...]
@@ -181,7 +212,14 @@ def _kernel(plan: Plan, entry, leads, G: int, unread: int, table, *refs):
     def _():
         top, shares = m_ref[...], l_ref[...]
         total = jnp.broadcast_to(jnp.sum(shares, 1, keepdims=True), top.shape)
-        factor = None
+        if carried is not None:
+            _suspend(top, total, a_ref, (o_ref, *row_refs), along)
+            return
+        factor = row = None
+        if any(owed):  # -inf hides the row
+            part = dataclasses.replace(tile, columns=(0, LANES))
+            _, row = part.based(jnp.zeros((plan.block_q, LANES), jnp.float32))
+            top, total = top + row, jnp.where(row > LOWEST, total, 0.0)
         if "sink" in dict(plan.names):
             logit, rank = tile.operand("sink", dict(plan.names)["sink"])
             sink = (logit if rank == "row" else tile.lift(logit, rank, "row")) * LOG2E
@@ -189,12 +227,41 @@ def _kernel(plan: Plan, entry, leads, G: int, unread: int, table, *refs):
             factor, top = jnp.exp2(top - both), both
             total = total * factor + jnp.exp2(sink - both)
         share = reciprocal(total)
+        if row is not None and factor is None:
+            share = jnp.where(row > LOWEST, share, 0.0)
         share = share if factor is None else share * factor
         o_ref[0, 0] = (a_ref[...] * lanes(share, V)).astype(o_ref.dtype)
-        if along:  # one transposition for both, and few vectors to take logarithms of
-            lane = lax.broadcasted_iota(jnp.int32, top.shape, 1)
-            both = jnp.transpose(jnp.where(lane < LANES // 2, top, total))
-            top, total = both[:1], both[LANES // 2 : LANES // 2 + 1]
+        if along:  # few vectors to take logarithms of
+            top, total = _turned(top, total)
         alive = total > 0
         lse = (top + jnp.log2(jnp.where(alive, total, 1.0))) * (1 / LOG2E)
-        lse_ref[0, 0] = jnp.where(alive, lse, -math.inf)
+        row_refs[0][0, 0] = jnp.where(alive, lse, -math.inf)
+
+
+def _turned(a, b):
+    """Two columns ``[n, 128]`` of equal lanes as rows ``[1, n]``, in one transposition."""
+    lane = lax.broadcasted_iota(jnp.int32, a.shape, 1)
+    both = jnp.transpose(jnp.where(lane < LANES // 2, a, b))
+    return both[:1], both[LANES // 2 : LANES // 2 + 1]
+
+
+def _resume(before, m_ref, l_ref, a_ref, along: bool) -> None:
+    """Start from a state; l goes in equal shares to all lanes, which is exact."""
+    m, l = (ref[0, 0] for ref in before[1:])
+    if along:
+        m, l = (jnp.transpose(jnp.broadcast_to(x, (LANES, x.shape[1]))) for x in (m, l))
+    m_ref[...] = jnp.maximum(m * LOG2E, LOWEST)
+    l_ref[...] = l * (1 / LANES)
+    a_ref[...] = before[0][0, 0]
+
+
+def _suspend(top, total, a_ref, outputs, along: bool) -> None:
+    """Write the state."""
+    reference = top * (1 / LOG2E)
+    shift = jnp.exp2(top - reference * LOG2E)
+    outputs[0][0, 0] = a_ref[...] * lanes(shift, a_ref.shape[-1])
+    total = total * shift
+    if along:
+        reference, total = _turned(reference, total)
+    outputs[1][0, 0] = jnp.where(total > 0, reference, -math.inf)
+    outputs[2][0, 0] = total

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnlab.core import versions
 from attnlab.core.staging import Body
+from attnlab.ops.attention.tpu_affine import Sum, evaluate
 from attnlab.ops.attention.tpu_tiles import LANES, SIDES, STRIP, Plan
 
 LOG2E = math.log2(math.e)
@@ -89,13 +90,18 @@ class Tile:
         group = SIDES[name]
         if name in self.plan.loaded:
             return self.operand(name, group)
-        rows = group == "rows"
+        place, rank = self.place(name)
+        return place + (self.q0 if group == "rows" else self.k0), rank
+
+    def place(self, name: str) -> tuple[Any, str]:
+        """A coordinate that follows from the place in the array, counted within the tile."""
+        rows = SIDES[name] == "rows"
         axis = self.plan.q_axis if rows else 1 - self.plan.q_axis
         shape = (self.shape[0], LANES) if axis == 0 else (1, self.shape[1])
         place = lax.broadcasted_iota(jnp.int32, shape, axis)
         if axis == 1 and self.columns is not None:
             place = place + self.columns[0]
-        return place + (self.q0 if rows else self.k0), "row" if rows else "column"
+        return place, "row" if rows else "column"
 
     def lift(self, x: Any, rank: str, to: str) -> Any:
         """Broadcast; see ``Body``."""
@@ -126,7 +132,31 @@ class Tile:
         """The mask on this tile."""
         body = self.plan.mask
         handed = self._handed("mask", body)
-        return body(self._known(body), handed, self.lift)
+        if self.plan.q_axis == 0 and not self.plan.vector_bound:
+            # One operation less a pair, hidden behind the products; its other schedule spills.
+            return body(self._known(body), handed, self.lift)
+        seen = evaluate(body, None, self._known(body), handed, {}, self.lift)
+        return seen.settled(self.lift)[0]
+
+    def based(self, raw: Any) -> tuple[Any, Any]:
+        """``(z, row)`` of the products ``raw = q k^T``: modified scores in base 2 but for what is
+        added to a whole row, None where that is nothing."""
+        scale, body = self.plan.scale, self.plan.score
+        if body is None:
+            return raw * (scale * LOG2E), None
+        near = {}
+        free = body.floats - set(self.plan.loaded)
+        middle = self.plan.block_q // 2
+        for name in free:
+            rows = SIDES[name] == "rows"
+            here = -middle if rows else self.k0 - self.q0 - middle
+            place, rank = self.place(name)
+            near[name] = (place + here).astype(jnp.float32), rank
+        z = evaluate(
+            body, Sum(raw, scale, {}), self._known(body), self._handed("score", body), near,
+            self.lift,
+        )
+        return z.scaled(LOG2E, self.lift).settled(self.lift, but="row")
 
     def scored(self, s: Any) -> tuple[Any, Callable[[Any], tuple[Any, list[Any]]]]:
         """Modified scores, and their derivative: of a cotangent tile, that of ``s`` and tiles of

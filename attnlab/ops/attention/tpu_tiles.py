@@ -45,7 +45,8 @@ class Plan:
         q_axis: the axis of a tile that queries lie on. scale: of the logits. score, mask: what is
             computed inside (None: nothing). loaded: coordinates that come as operands; the others
             follow from the place in the array. grads: numbers of the score's handed values whose
-            gradient is asked for. names: ``(name, group)`` of all operands, in order.
+            gradient is asked for. names: ``(name, group)`` of all operands, in order. vector_bound:
+            the vector unit is the limit of the forward, not the matrix units.
     """
 
     T: int
@@ -59,6 +60,7 @@ class Plan:
     loaded: tuple[str, ...]
     grads: tuple[int, ...]
     names: tuple[tuple[str, str], ...]
+    vector_bound: bool = False
 
     @property
     def rows(self) -> int:
@@ -77,8 +79,12 @@ class Plan:
 
     @property
     def chunk(self) -> int:
-        """Keys of a tile that the forward takes at once."""
-        return next(c for c in (CHUNK, self.block_k) if self.block_k % c == 0)
+        """Keys of a tile that the forward takes at once.
+
+        Many spill; where the vector unit is the limit, one sum over all is worth more than that.
+        """
+        most = 2 * CHUNK if self.vector_bound and self.score is not None else CHUNK
+        return next(c for c in (most, CHUNK, self.block_k) if self.block_k % c == 0)
 
     @property
     def unit(self) -> int:
