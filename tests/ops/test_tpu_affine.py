@@ -10,7 +10,7 @@ import pytest
 from attnlab.core.mask import Coords
 from attnlab.core.mods import Mod
 from attnlab.core.staging import split, values
-from attnlab.ops.attention.tpu_affine import Sum, evaluate
+from attnlab.ops.attention.affine import Sum, evaluate
 
 T, S = 24, 40
 SLOPE, BIAS, ROWS = 0.3, np.linspace(-1, 1, 64, dtype=np.float32), np.arange(9, 73.0, 1, "float32")

@@ -18,7 +18,7 @@ from attnlab.core.dispatch import Implementation
 from attnlab.core.mask import Blocks, MaskMod, conjuncts, parts
 from attnlab.core.staging import Body, split, values
 from attnlab.core.versions import JAX
-from attnlab.ops.attention.pairs import capped, pair_mod
+from attnlab.ops.attention.pairs import capped, pair_mod, runs_mod
 
 HALF = ("bfloat16", "float16")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
@@ -165,7 +165,7 @@ def _given(
     S, V = k.shape[1], v.shape[-1]
     q, k = (_whole(x) for x in (q, k))
     v = _whole(v, 64 if max(k.shape[-1], V) <= 256 else 128)
-    pair = pair_mod(mask, S if S % 128 else None)
+    pair = runs_mod(mask, q_coords, layout) or pair_mod(mask, S if S % 128 else None)
     handed, body = [], None
     if score is None:
         pair = pair.bound(B, N)

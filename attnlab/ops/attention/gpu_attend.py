@@ -94,23 +94,28 @@ def attend(static: Static, q, k, v, sink, handed, fixed):
     return _run(static, q, k, v, handed, fixed, sink=sink)
 
 
-def _run(static: Static, q, k, v, handed, fixed, *, sink=None, **state):
+def _run(static: Static, q, k, v, handed, fixed, *, sink=None, **how):
     widths = q.shape[-1], v.shape[-1]
     config = gpu.forward_config(*widths, static.value_is_prefix, static.dense)
     kernel: Any = gpu_widths.forward_of(config)
-    plan, lists, order, operands = _prepared(static, config, handed, fixed, False)
+    plan, lists, order, operands = _prepared(
+        static, config, handed, fixed, False, whole="state" in how
+    )
     out = kernel(
-        plan, config, q, k, v, sink, lists, order, operands, interpret=static.interpret, **state
+        plan, config, q, k, v, sink, lists, order, operands, interpret=static.interpret, **how
     )
     return _as_varying(tuple(out), q)
 
 
 def _attend_fwd(static, *given):
     (q, k, v, sink, handed, fixed), asked = _perturbed(given, given[4])
-    o, lse = _run(static, q, k, v, handed, fixed, sink=sink)
+    # Gradients of slopes multiply the error of delta by distances: it is taken from o in float32.
+    how = {"exact": True} if any(asked.handed) and max(q.shape[-1], v.shape[-1]) <= 256 else {}
+    o, lse = _run(static, q, k, v, handed, fixed, sink=sink, **how)
     o = checkpoint_name(o, "attention_out")
     lse = checkpoint_name(lse, "attention_lse")
-    return (o, lse), (asked, q, k, v, sink, handed, fixed, o, lse)
+    saved = asked, q, k, v, sink, handed, fixed, o, lse
+    return (o[:, : q.shape[1]].astype(q.dtype), lse), saved
 
 
 def _attend_bwd(static, residuals, cotangents):
@@ -118,7 +123,8 @@ def _attend_bwd(static, residuals, cotangents):
     do, dlse = map(_real, cotangents)
     T = q.shape[1]
     alive = lse > -jnp.inf
-    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    o = o[:, :T].astype(jnp.float32)
+    delta = (o * do.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     delta = jnp.pad(delta, [(0, 0), (0, 0), (0, lse.shape[-1] - T)]) - dlse
     delta = jnp.where(alive, delta, 0)
     dsink = None
@@ -239,11 +245,12 @@ def _like(x, given, whole: bool = False):
     return x
 
 
-def _prepared(static: Static, config, handed, fixed, transposed: bool, wanted=()):
+def _prepared(static: Static, config, handed, fixed, transposed: bool, wanted=(), whole=False):
     """Plan, lists, order of work and operands of a kernel."""
     seen, mask, q_coords, k_coords = fixed
     plan = static.make(
-        block_q=config.block_q, block_k=config.block_k, transposed=transposed, wanted=wanted
+        block_q=config.block_q, block_k=config.block_k, transposed=transposed, wanted=wanted,
+        whole=whole,
     )
     operands = [
         *handed_operands(plan, "score", handed), *handed_operands(plan, "mask", seen),

@@ -92,25 +92,23 @@ def add_row_sums(tile: Tile, sums, rest) -> list[Any]:
 
 
 def pull_scores(tile: Tile, s, wanted: tuple[int, ...]):
-    """Modified scores of raw logits ``s`` and the function from ``dz`` to the cotangents of
-    ``scale * s`` and of each wanted handed value, as tiles."""
-    plan = tile.plan
-    s = s * plan.scale
-    body = plan.score
-    if body is None:
-        return s, lambda dz: (dz,)
-    handed = [tile.operand(f"score{i}", h.group) for i, h in enumerate(body.handed)]
-    known = tile.known(body)
+    """Modified scores of raw logits ``s``, the function from ``dz`` to the cotangents of
+    ``scale * s`` and of each wanted handed value, as tiles, and what the scores leave out a query
+    (see ``Tile.modified``)."""
+    s = s * tile.plan.scale
+    if tile.plan.score is None:
+        return s, lambda dz: (dz,), None
+    known, near, handed = tile.read()
 
     def modified(s, *tiles):
         given = list(handed)
         for i, x in zip(wanted, tiles, strict=True):
             given[i] = (x, "tile")
-        return body(known | {"score": (s, "tile")}, given, tile.lift)
+        return tile.modified(s, 1.0, known, near, given)
 
     tiles = [tile.lift(*handed[i], "tile") for i in wanted]
-    z, pull = jax.vjp(modified, s, *tiles)
-    return z, lambda dz: with_plain_sums(pull, dz)
+    z, pull, row = jax.vjp(modified, s, *tiles, has_aux=True)
+    return z, lambda dz: with_plain_sums(pull, dz), row
 
 
 def row_cotangents(tile: Tile, s, dp, lse, delta, sums, masked: bool, dtype, tables=()):
@@ -122,8 +120,9 @@ def row_cotangents(tile: Tile, s, dp, lse, delta, sums, masked: bool, dtype, tab
     pairs = asked(tile.plan, ("dense",))
 
     def local(tile, s, dp, *sums):
-        z, pull = pull_scores(tile, s, (*wanted, *pairs))
-        z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (0,))
+        z, pull, row = pull_scores(tile, s, (*wanted, *pairs))
+        base = lse if row is None else lse - row * LOG2E
+        z = z * LOG2E - lax.broadcast_in_dim(base, shape, (0,))
         if masked:
             z = jnp.where(tile.seen(), z, -jnp.inf)
         dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
@@ -228,6 +227,7 @@ def grad_q(
                     for x in (lse_ref, delta_ref)
                 )
                 plgpu.barrier_wait(q_bar.at[wg])
+                here = Tile(plan, operand_refs, b, n, q0, 0, (WIDTH, block_k)).hold()
                 pl.when(tiles > 0)(lambda: plgpu.barrier_wait(kv_bar.at[0]))
                 pl.when(wg == 1)(swap_turns)
 
@@ -236,7 +236,7 @@ def grad_q(
                     slot = lax.rem(it, stages)
                     shape = (WIDTH, block_k)
 
-                    tile = Tile(plan, operand_refs, b, n, q0, j * block_k, shape)
+                    tile = dataclasses.replace(here, k0=j * block_k)
 
                     def scope(s_ref, dp_ref):
                         plgpu.wgmma(s_ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
@@ -366,7 +366,7 @@ def grad_kv(
                 pl.when(wg == 1)(swap_turns)
                 shape = (WIDTH, block_q)
 
-                def step(i, carry, masked, n):
+                def step(i, carry, masked, here):
                     dk, dv, sums, it = carry
                     slot = lax.rem(it, stages)
 
@@ -382,11 +382,12 @@ def grad_kv(
                         plgpu.load(x.at[slot], layout=COLUMN, optimized=False)
                         for x in (lse_smem, delta_smem)
                     )
-                    tile = Tile(plan, operand_refs, b, n, i * block_q, k0, shape, q_axis=1)
+                    tile = dataclasses.replace(here, q0=i * block_q)
 
                     def local(tile, s, dp, *sums):
-                        z, pull = pull_scores(tile, s, wanted)
-                        z = z * LOG2E - lax.broadcast_in_dim(lse, shape, (1,))
+                        z, pull, row = pull_scores(tile, s, wanted)
+                        base = lse if row is None else lse - row * LOG2E
+                        z = z * LOG2E - lax.broadcast_in_dim(base, shape, (1,))
                         if masked:
                             z = jnp.where(tile.seen(), z, -jnp.inf)
                         p = jnp.exp2(z)
@@ -410,10 +411,11 @@ def grad_kv(
                     n = kv * G + g
                     dk, dv, it = carry
                     carry = (dk, dv, tuple(_zeros((WIDTH,), ROW) for _ in wanted), it)
+                    here = Tile(plan, operand_refs, b, n, 0, k0, shape, q_axis=1).hold()
                     for runs, masked in ((full, False), (partial, True)):
                         carry = visit(
                             runs, b, n, row,
-                            lambda i, c, masked=masked: step(i, c, masked, n), carry,
+                            lambda i, c, masked=masked: step(i, c, masked, here), carry,
                         )
                     dk, dv, sums, it = carry
                     for out, x in zip(results[2:], sums, strict=True):

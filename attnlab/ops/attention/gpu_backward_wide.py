@@ -122,6 +122,7 @@ def grad_q(
                     plgpu.load(x.at[vector], layout=ROW, optimized=False)
                     for x in (lse_ref, delta_ref)
                 )
+                here = Tile(plan, operand_refs, b, n, q0, 0, (WIDTH, block_k)).hold()
                 plgpu.barrier_wait(q_bar.at[me])
                 if me == 1:
                     swap_turns()
@@ -155,7 +156,7 @@ def grad_q(
                     s, dp = pl.run_scoped(scope, acc, acc)
                     if me == 0:
                         plgpu.barrier_arrive(v_free.at[slot_v])
-                    tile = Tile(plan, operand_refs, b, n, q0, j * block_k, shape)
+                    tile = dataclasses.replace(here, k0=j * block_k)
 
                     narrow, sums = row_cotangents(
                         tile, s, dp, lse, delta, sums, masked, dtype, table_refs

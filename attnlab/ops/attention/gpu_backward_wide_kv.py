@@ -98,8 +98,10 @@ def grad_kv(
                 """``p`` and ``pull(p)``."""
 
                 def local(tile, s):
-                    z, pull = pull_scores(tile, s, wanted)
+                    z, pull, row = pull_scores(tile, s, wanted)
                     z = z * LOG2E - lse
+                    if row is not None:
+                        z += lax.broadcast_in_dim(row * LOG2E, shape, (1,))
                     if masked:
                         z = jnp.where(tile.seen(), z, -jnp.inf)
                     p = jnp.exp2(z)

@@ -213,7 +213,7 @@ def grad_tiles(
                 acc = plgpu.ACC((WIDTH, C), jnp.float32)
                 s, dp = pl.run_scoped(scope, acc, acc)
                 tile = Tile(plan, operand_refs, b, n, q0, k0, (WIDTH, C), stored=slot)
-                z, pull = pull_scores(tile, s, wanted)
+                z, pull, _ = pull_scores(tile, s, wanted)
                 z = z * LOG2E - lax.broadcast_in_dim(lse_row, s.shape, (0,))
                 z = jnp.where(tile.seen(), z, -jnp.inf)
                 dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta_row, s.shape, (0,)))

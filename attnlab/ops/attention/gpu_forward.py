@@ -74,16 +74,27 @@ def total(runs: Runs, b, n, row):
     return runs.blocks[b, n, row]
 
 
+def with_offset(tile: Tile, m, l):
+    """``(m, l, factor)``: maximum and sum of a row of tiles with what its scores left out (see
+    ``Tile.row_offset``) and a factor of its accumulator, 0 where that hides every key, or None."""
+    offset = tile.row_offset()
+    if offset is None:
+        return m, l, None
+    seen = offset > -jnp.inf
+    factor = jnp.where(seen, 1.0, 0.0)
+    return m + jnp.where(seen, offset, 0.0) * LOG2E, l * factor, factor
+
+
 def forward(
     plan: Plan, config: Config, q, k, v, sink, lists: BlockLists, order, operands, *,
-    state: bool = False, carry: Any = None, interpret: Any = None,
+    exact: bool = False, state: bool = False, carry: Any = None, interpret: Any = None,
 ):
     """``(o, lse)`` of ``q[B, T, N, H]``, ``k[B, S, K, H]``, ``v[B, S, K, V]``.
 
     Args:
         sink: float32 ``[N]`` or None. order: int32 ``[rows]``, rows of tiles, longest first.
         operands: one array an entry of ``plan.names``.
-        state: return the state of ``core.softmax`` instead, without a sink. carry: the state to go
+        exact: o in float32 and whole tiles, ``[B, T', N, V]``. state: return the state of ``core.softmax`` instead, without a sink. carry: the state to go
             on from, or None: ``(o, m, l)`` as returned.
 
     Returns:
@@ -99,6 +110,8 @@ def forward(
     leaves, tree = jax.tree.flatten(lists)
     vector = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     outs = [jax.ShapeDtypeStruct((B, T, N, V), dtype), vector]
+    if exact:
+        outs[0] = jax.ShapeDtypeStruct((B, vector.shape[2], N, V), jnp.float32)
     if state:
         outs = [jax.ShapeDtypeStruct((B, vector.shape[2], N, V), jnp.float32), vector, vector]
     before = [] if carry is None else list(carry)
@@ -148,13 +161,14 @@ def forward(
                         )
                     )
                     m = jnp.maximum(m * LOG2E, NEVER)
+                here = Tile(plan, operand_refs, b, n, q0, 0, (WIDTH, block_k)).hold()
                 pl.when(tiles > 0)(lambda: plgpu.barrier_wait(k_bar.at[0]))
                 pl.when(wg == 1)(swap_turns)
 
                 def step(j, carry, masked):
                     acc, m, l, it = carry
                     slot = lax.rem(it, stages)
-                    tile = Tile(plan, operand_refs, b, n, q0, j * block_k, (WIDTH, block_k))
+                    tile = dataclasses.replace(here, k0=j * block_k)
 
                     def multiply(ref):
                         plgpu.wgmma(ref, mine, k_smem.at[slot].transpose((1, 0)))
@@ -219,6 +233,7 @@ def forward(
                     for ref, at, x in zip(results, (matrix, line, line), (acc, m, l), strict=True):
                         ref[at] = x
                     return
+                m, l, factor = with_offset(here, m, l)
                 if sink_ref is not None:
                     logit = sink_ref[n] * LOG2E
                     top = jnp.maximum(m, logit)
@@ -226,13 +241,17 @@ def forward(
                     l = l * alpha + jnp.exp2(logit - top)
                     acc, m = acc * lax.broadcast_in_dim(alpha, acc.shape, (0,)), top
                 empty = l == 0.0
-                inverse = 1.0 / jnp.where(empty, 1.0, l)
+                inverse = (1.0 if factor is None else factor) / jnp.where(empty, 1.0, l)
                 acc = acc * lax.broadcast_in_dim(inverse, acc.shape, (0,))
-                result[...] = acc.astype(dtype)
+                if exact:
+                    results[0][matrix] = acc
+                else:
+                    result[...] = acc.astype(dtype)
                 lse = (m + jnp.log2(jnp.where(empty, 1.0, l))) * (1 / LOG2E)
                 lse_smem[wg] = jnp.where(empty, -jnp.inf, lse)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(result, results[0].at[matrix])
+                if not exact:
+                    plgpu.copy_smem_to_gmem(result, results[0].at[matrix])
                 plgpu.copy_smem_to_gmem(lse_smem.at[wg], results[1].at[line])
                 plgpu.wait_smem_to_gmem(0)
 

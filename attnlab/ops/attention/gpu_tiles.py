@@ -12,6 +12,7 @@ an axis is reduced, so that broadcasting them moves nothing between threads.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -20,15 +21,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend import core as jex
 
 from attnlab.core.mask import Coords
 from attnlab.core.mods import Mod
 from attnlab.core.staging import Body, split
+from attnlab.ops.attention.affine import Sum, evaluate
 
 LAYOUT = plgpu.Layout.WGMMA
 LOG2E = math.log2(math.e)
 NEVER = -1e30  # below every score; finite, so that differences of two of them are not NaN
 WIDTH = 64  # queries of a warpgroup
+RANKS = {"heads": "scalar", "rows": "row", "columns": "column", "dense": "tile"}
 COORDINATE_GROUPS = {
     "q_pos": "rows", "q_segment": "rows", "k_pos": "columns", "k_segment": "columns",
 }
@@ -44,7 +48,7 @@ class Plan:
         loaded: coordinates that come as operands; the others follow from the place in the array.
         diagonals: of values by distance, see ``gpu_distance``; None without any.
         transposed: rows of a tile are keys. wanted: which handed values of the score need their
-            gradient.
+            gradient. whole: scores leave nothing out, see ``Tile.row_offset``.
     """
 
     T: int
@@ -59,6 +63,7 @@ class Plan:
     diagonals: Any = None
     transposed: bool = False
     wanted: tuple[bool, ...] = ()
+    whole: bool = False
 
     @property
     def names(self) -> tuple[tuple[str, str], ...]:
@@ -72,6 +77,57 @@ class Plan:
             if kind == "score" and self.diagonals is not None:
                 out.append(("diagonals", "distances"))
         return (*out, *((name, COORDINATE_GROUPS[name]) for name in self.loaded))
+
+
+    @functools.cached_property
+    def ranks(self) -> dict[str, str]:
+        """Rank of everything that a score function may read in a tile."""
+        body = self.score
+        ranks = {name: "tile" for name in body.coordinates - {"score"}}
+        ranks |= {n: RANKS[COORDINATE_GROUPS[n]] for n in ranks if n in self.loaded}
+        for name in body.floats:
+            side = "row" if name.startswith("q") else "column"
+            ranks |= {f"near {name}": side, f"float {name}": side}
+        return ranks | {f"score{i}": RANKS[h.group] for i, h in enumerate(body.handed)}
+
+    @functools.cached_property
+    def reads(self) -> tuple[frozenset[str], frozenset[str]]:
+        """What of ``ranks`` the two results of ``Tile.modified`` depend on.
+
+        What is computed and not used has no layout that the compiler could infer.
+        """
+        body, ranks = self.score, self.ranks
+        sizes = {"scalar": (), "row": (2, 1), "column": (1, 3), "tile": (2, 3)}
+
+        def lift(x, rank, to):
+            return jnp.broadcast_to(x, sizes[to])
+
+        def both(given):
+            values = {n: (x, ranks[n]) for n, x in given.items()}
+            handed = [values.pop(f"score{i}") for i in range(len(body.handed))]
+            near = {n: values.pop(f"near {n}") for n in body.floats}
+            score = Sum(jnp.zeros(sizes["tile"]), 2.0, {})
+            z = evaluate(body, score, values, handed, near, lift)
+            return z.settled(lift, but=None if self.whole else "row")
+
+        kinds = {n: "int32" for n in body.coordinates}
+        kinds |= {f"score{i}": _traveling(h.dtype) for i, h in enumerate(body.handed)}
+        given = {n: jnp.zeros(sizes[r], kinds.get(n, "float32")) for n, r in ranks.items()}
+        closed, out = jax.make_jaxpr(both, return_shape=True)(given)
+        names, found, at = sorted(given), [], 0
+        for result in out:
+            live = set() if result is None else {closed.jaxpr.outvars[at]}
+            at += result is not None
+            for eqn in reversed(closed.jaxpr.eqns):
+                if live & set(eqn.outvars):
+                    live |= {x for x in eqn.invars if isinstance(x, jex.Var)}
+            found.append(frozenset(n for n, x in zip(names, closed.jaxpr.invars) if x in live))
+        return found[0], found[1]
+
+
+def _traveling(dtype: str) -> str:
+    """The dtype of a handed value in a kernel."""
+    return "int32" if dtype == "bool" else dtype
 
 
 def padded(x: jax.Array, size: int) -> jax.Array:
@@ -134,6 +190,13 @@ class Tile:
     stored: Any = None  # the slot of its stored tile of values by distance, where it has one
     number: Any = None  # else which number they are
     early: Any = dataclasses.field(default_factory=dict)  # see ``fetched``
+    held: Any = None  # see ``hold``
+
+    def hold(self) -> Tile:
+        """This tile with the operands that it shares with its row of tiles in registers."""
+        mine = ("heads", "rows" if self.q_axis == 0 else "columns")
+        held = {name: self.operand(name, group) for name, group in self.plan.names if group in mine}
+        return dataclasses.replace(self, held=held)
 
     def vector(self, name: str, group: str) -> Any:
         """The entries of a vector operand beside this tile."""
@@ -145,6 +208,8 @@ class Tile:
 
     def operand(self, name: str, group: str) -> tuple[Any, str]:
         """Value and rank of an operand."""
+        if self.held is not None and name in self.held:
+            return self.held[name]
         if group == "heads":
             ref = self.refs[name]
             return ref[_lead(ref, self.b, self.n)], "scalar"
@@ -208,6 +273,20 @@ class Tile:
         place = place + (self.q0 if query else self.k0)
         return _as_float(place), "row" if query else "column"
 
+    def near(self, name: str) -> tuple[Any, str]:
+        """A coordinate as float32, counted from that of the tile's first query."""
+        query = name.startswith("q")
+        axis = self.q_axis if query else 1 - self.q_axis
+        if name in self.plan.loaded:
+            x, rank = self.coordinate(name)
+            ref = self.refs["q" + name[1:]]
+            first = ref[(*_lead(ref, self.b, self.n), self.q0)]
+            return (x - first).astype(jnp.float32), rank
+        place = plgpu.broadcasted_iota(
+            jnp.int32, (self.shape[axis],), 0, layout=LAYOUT.reduce(1 - axis)
+        )
+        return _as_float(place + (0 if query else self.k0 - self.q0)), "row" if query else "column"
+
     def known(self, body: Body) -> dict[str, tuple[Any, str]]:
         """The coordinates that ``body`` reads."""
         found = {name: self.coordinate(name) for name in body.coordinates - {"score"}}
@@ -234,16 +313,53 @@ class Tile:
         )
 
     def scores(self, s: Any) -> Any:
-        """Modified scores of raw logits ``q k``, natural units."""
-        return self.by_kind(Tile._scores, s)
+        """Modified scores of raw logits ``q k`` without ``row_offset``, natural units."""
+        return self.by_kind(
+            lambda tile, s: tile.modified(s, tile.plan.scale, *tile.read((0,)))[0], s
+        )
 
-    def _scores(self, s: Any) -> Any:
-        s = s * self.plan.scale
+    def row_offset(self) -> Any:
+        """What ``scores`` leaves out: a number a query, the same for all its tiles; or None."""
+        if self.plan.score is None or self.plan.diagonals is not None or self.plan.whole:
+            return None
+        zero = plgpu.layout_cast(jnp.full(self.shape, 0, jnp.float32), LAYOUT)
+        return self.modified(zero, 1.0, *self.read((1,)))[1]
+
+    def read(self, parts: tuple[int, ...] = (0, 1)) -> tuple[Any, Any, Any]:
+        """Coordinates, coordinates near the tile and handed values of the score function: those
+        that these results of ``affine.evaluate`` depend on, the others are 0."""
+        body, plan = self.plan.score, self.plan
+        if plan.diagonals is not None:
+            handed = [self.operand(f"score{i}", h.group) for i, h in enumerate(body.handed)]
+            return self.known(body), {}, handed
+        used = frozenset().union(*(plan.reads[i] for i in parts))
+
+        def entry(name, function, dtype):
+            rank = plan.ranks[name]
+            zero = jnp.zeros((), dtype), "scalar"
+            if name in used:
+                return function()
+            return (zero if rank == "scalar" else (self.lift(*zero, rank), rank))
+
+        known, near = {}, {}
+        for name in body.coordinates - {"score"}:
+            known[name] = entry(name, lambda n=name: self.coordinate(n), jnp.int32)
+        for name in body.floats:
+            known[f"float {name}"] = entry(f"float {name}", lambda n=name: self.real(n), jnp.float32)
+            near[name] = entry(f"near {name}", lambda n=name: self.near(n), jnp.float32)
+        handed = [
+            entry(f"score{i}", lambda i=i, h=h: self.operand(f"score{i}", h.group), _traveling(h.dtype))
+            for i, h in enumerate(body.handed)
+        ]
+        return known, near, handed
+
+    def modified(self, s: Any, scale: float, known: Any, near: Any, handed: Any) -> tuple[Any, Any]:
+        """``(scores, row)`` of logits ``scale s`` and of what ``read`` gives; row is left out."""
         body = self.plan.score
-        if body is None:
-            return s
-        handed = [self.operand(f"score{i}", h.group) for i, h in enumerate(body.handed)]
-        return body(self.known(body) | {"score": (s, "tile")}, handed, self.lift)
+        if self.plan.diagonals is not None:
+            return body(known | {"score": (s * scale, "tile")}, handed, self.lift), None
+        z = evaluate(body, Sum(s, scale, {}), known, handed, near, self.lift)
+        return z.settled(self.lift, but=None if self.plan.whole else "row")
 
 
 def _as_float(x):
@@ -259,7 +375,7 @@ def _lead(ref, b, n):
 
 def make_plan(
     *, T: int, S: int, block_q: int, block_k: int, layout: str, scale: float, score: Mod | None,
-    mask: Mod, transposed: bool = False, wanted: tuple[bool, ...] = (),
+    mask: Mod, transposed: bool = False, wanted: tuple[bool, ...] = (), whole: bool = False,
 ) -> Plan:
     """Split score and mask, and note which coordinates must be loaded."""
     from attnlab.ops.attention.gpu_distance import diagonals
@@ -274,5 +390,5 @@ def make_plan(
         found = diagonals(bodies[0], T, S, columns, q_axis)
     return Plan(
         T, S, block_q, block_k, layout, float(scale), bodies[0], bodies[1], loaded, found,
-        transposed, wanted,
+        transposed, wanted, whole,
     )

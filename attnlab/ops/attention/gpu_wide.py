@@ -37,7 +37,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_backward import _take_apart, _zeros
 from attnlab.ops.attention.gpu_backward_wide import launch, varying_zero
-from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
+from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit, with_offset
 from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, WIDTH, Plan, Tile
 
 HALVES = 2
@@ -142,6 +142,7 @@ def forward(
             def _first():
                 if interpret is None:
                     plgpu.set_max_registers(config.registers, action="increase")
+                here = Tile(plan, operand_refs, b, n, q0, 0, shape).hold()
                 plgpu.barrier_wait(q_bar)
 
                 def step(j, carry, masked):
@@ -157,7 +158,7 @@ def forward(
                     s = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                     if not prefix:
                         plgpu.barrier_arrive(k_free.at[slot])
-                    tile = Tile(plan, operand_refs, b, n, q0, j * block_k, shape)
+                    tile = dataclasses.replace(here, k0=j * block_k)
                     plain = plan.score is None
                     s = s * (plan.scale * LOG2E) if plain else tile.scores(s) * LOG2E
                     if masked:
@@ -180,15 +181,16 @@ def forward(
                 )
                 carry = visit(full, b, n, row, lambda j, c: step(j, c, False), carry)
                 acc, m, l, it = visit(partial, b, n, row, lambda j, c: step(j, c, True), carry)
-                alpha = None
+                m, l, factor = with_offset(here, m, l)
                 if sink_ref is not None:
                     logit = sink_ref[n] * LOG2E
                     top = jnp.maximum(m, logit)
                     alpha = jnp.exp2(m - top)
                     l, m = l * alpha + jnp.exp2(logit - top), top
+                    factor = alpha if factor is None else alpha * factor
                 empty = l == 0.0
                 l = jnp.where(empty, 1.0, l)
-                inverse = 1.0 / l if alpha is None else alpha / l
+                inverse = (1.0 if factor is None else factor) / l
                 pl.when(it > 0)(lambda: plgpu.barrier_wait(p_free))
                 factor_smem[...] = inverse
                 lse = (m + jnp.log2(l)) * (1 / LOG2E)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from attnlab.core.mask import Blocks, Mask, Pair, conjuncts
+from attnlab.core.mask import Blocks, Causal, Coords, Full, Mask, Pair, Segments, Window, conjuncts
 from attnlab.core.mods import CALLS, Mod
 
 
@@ -24,6 +24,32 @@ def pair_mod(mask: Mask, S: int | None) -> Mod:
             one = part.sees(pair)
             seen = one if seen is None else seen & one
         return jnp.ones((), bool) if seen is None else seen
+
+    return Mod.of(sees)
+
+
+def runs_mod(mask: Mask, q: Coords, layout: str) -> Mod | None:
+    """The mask by two comparisons, where a query sees one run of keys that ends with its own.
+
+    In packed rows that is any conjunction of Causal, Segments and Windows: a document fills the
+    places ``[a, b)``, and its query at ``t`` sees ``s`` with
+    ``t - min(t - a, window - 1) <= s <= t``. None for other masks.
+    """
+    rest = [part for part in conjuncts(mask) if not isinstance(part, Blocks | Full)]
+    kinds = {type(part) for part in rest}
+    if layout != "packed" or not {Causal, Segments} <= kinds <= {Causal, Segments, Window}:
+        return None
+    windows = [part for part in rest if isinstance(part, Window)]
+    if any(part.ahead is not None for part in windows):
+        return None
+    back = q.positions
+    for part in windows:
+        back = jnp.minimum(back, part.size - 1)
+    after = jnp.iinfo(jnp.int32).max
+    first = jnp.where(jnp.asarray(q.segments) > 0, jnp.asarray(q.index) - back, after)
+
+    def sees(head, q_pos, k_pos, *, batch, q_index, k_index):
+        return (k_index <= q_index) & (first[batch, q_index] <= k_index)
 
     return Mod.of(sees)
 

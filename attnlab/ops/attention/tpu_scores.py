@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnlab.core import versions
 from attnlab.core.staging import Body
-from attnlab.ops.attention.tpu_affine import Sum, evaluate
+from attnlab.ops.attention.affine import Sum, evaluate
 from attnlab.ops.attention.tpu_tiles import LANES, SIDES, STRIP, Plan
 
 LOG2E = math.log2(math.e)
