@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attnlab.core.axes import varying
 from attnlab.core.mask import Coords
 from attnlab.core.mods import Mod
 from attnlab.core.staging import Body, split
@@ -141,7 +142,7 @@ class Tile:
         start = self.q0 if group == "rows" else self.k0
         ref = self.refs[name]
         at = (*_lead(ref, self.b, self.n), pl.ds(start, self.shape[axis]))
-        return plgpu.load(ref.at[at], layout=LAYOUT.reduce(1 - axis), optimized=False)
+        return load(ref.at[at], LAYOUT.reduce(1 - axis))
 
     def operand(self, name: str, group: str) -> tuple[Any, str]:
         """Value and rank of an operand."""
@@ -151,7 +152,7 @@ class Tile:
         if group == "distances" and self.stored is not None:
             ref = self.refs[f"{name} tiles"]
             at = (*_lead(ref, self.b, self.n), self.stored)
-            return plgpu.load(ref.at[at], layout=LAYOUT, optimized=False), "tile"
+            return load(ref.at[at], LAYOUT), "tile"
         if group == "distances":
             ref = self.refs[f"{name} numbers"]
             return ref[(*_lead(ref, self.b, self.n), self.number)], "scalar"
@@ -164,7 +165,7 @@ class Tile:
         ref = self.refs[name]
         starts = (self.q0, self.k0) if self.q_axis == 0 else (self.k0, self.q0)
         at = (*_lead(ref, self.b, self.n), *map(pl.ds, starts, self.shape))
-        x = plgpu.load(ref.at[at], layout=LAYOUT, optimized=False)
+        x = load(ref.at[at], LAYOUT)
         return x.astype(jnp.int32) if ref.dtype == jnp.int8 else x
 
     def fetched(self, masked: bool) -> dict[str, Any]:
@@ -250,6 +251,15 @@ def _as_float(x):
     """float32 of integers below 2**22: two cheap instructions instead of a conversion."""
     magic = 0x4B400000  # the bits of 1.5 * 2**23: adding x to them adds x to the number
     return lax.bitcast_convert_type(x + magic, jnp.float32) - float(3 * 2**22)
+
+
+def load(ref, layout):
+    """What ``ref`` (a place in device memory) holds, in registers.
+
+    Inside shard_map it says that it varies, which nothing else in a kernel does: products drop it.
+    """
+    x = plgpu.load(ref, layout=layout, optimized=False)
+    return x * jnp.ones((), x.dtype) if varying(x) else x
 
 
 def _lead(ref, b, n):
