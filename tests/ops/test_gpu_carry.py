@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from attnlab.core.dispatch import Device, compiling_for, recording
 from attnlab.core.mask import Causal, Coords, Window
 from attnlab.core.mods import Mod
-from attnlab.core.versions import JAX
-from attnlab.ops.attention import gpu, reference, xla
+from attnlab.core.versions import JAX, make_mesh
+from attnlab.ops.attention import attention, gpu, reference, xla
 from attnlab.ops.attention.carry import Carry, attention_step, finish, merge
 
 pytestmark = pytest.mark.skipif(JAX < (0, 11, 2), reason="Mosaic GPU kernels need jax >= 0.11.2")
@@ -143,3 +144,47 @@ def test_a_ring_on_a_gpu_takes_the_kernel():
         out = jax.eval_shape(ring, q, k)
     assert [name for _, _, name in rows] == ["gpu", "gpu"]
     assert out.o.shape == (1, 256, 4, 64) and out.o.dtype == out.l.dtype == jnp.float32
+
+
+def on_h200(f, *args):
+    with compiling_for(Device("gpu", "NVIDIA H200")):
+        return f(*args)
+
+
+def test_gradients_inside_shard_map():
+    """Their types say where they vary, which shard_map checks; what is replicated gets a sum."""
+    q, k = (jax.ShapeDtypeStruct((1, 256, n, 64), jnp.bfloat16) for n in (4, 2))
+    bias = jax.ShapeDtypeStruct((4, 256, 256), jnp.float32)
+    mesh = make_mesh((1,), ("data",))
+
+    def once(q, k, bias):
+        mod = lambda s, h, i, j: s * bias[h, i, 0] + bias[h, 0, j] + bias[h, i, j]  # noqa: E731
+        return attention(q, k, k, score_mod=mod, impl="gpu")
+
+    def ring(q, k, bias):
+        carry = None
+        for _ in range(2):
+            carry = attention_step(carry, q, k, k, score_mod=lambda s, h, i, j: s + bias[h, i, j])
+        return finish(carry)[0]  # type: ignore[arg-type]
+
+    for f in (once, ring):
+        specs = (P("data"), P(), P())
+        mapped = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("data"))
+        grad = jax.grad(lambda *x: mapped(*x).astype(jnp.float32).sum(), (0, 1, 2))  # noqa: B023
+        shapes = [x.shape for x in on_h200(jax.eval_shape, grad, q, k, bias)]
+        assert shapes == [q.shape, k.shape, bias.shape]
+
+
+def test_only_gradients_that_are_asked_for_are_computed():
+    q, k = (jax.ShapeDtypeStruct((1, 256, n, 64), jnp.bfloat16) for n in (4, 2))
+    bias = jax.ShapeDtypeStruct((1, 256, 256), jnp.float32)
+
+    def loss(q, k, bias):
+        mod = lambda s, h, i, j: s + bias[0, i, j]  # noqa: E731
+        return attention(q, k, k, score_mod=mod, impl="gpu").sum()
+
+    def tables(wrt):
+        program = on_h200(jax.make_jaxpr(jax.grad(loss, wrt)), q, k, bias)
+        return str(program).count("f32[1,4,256,256]")
+
+    assert tables((0, 1)) == 0 < tables((0, 1, 2))

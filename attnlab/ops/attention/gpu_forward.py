@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.ops.attention.blocks import BlockLists, Runs
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, WIDTH, Plan, Tile
+from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, WIDTH, Plan, Tile, load
 
 ROW = LAYOUT.reduce(1)
 COMPUTE = 2  # warpgroups
@@ -155,8 +155,7 @@ def forward(
                 matrix, line = (b, pl.ds(q0, WIDTH), n), (b, n, pl.ds(q0, WIDTH))
                 if carried:
                     acc, m, l = (
-                        plgpu.load(ref.at[at], layout=layout, optimized=False)
-                        for ref, at, layout in zip(
+                        load(ref.at[at], layout) for ref, at, layout in zip(
                             carried, (matrix, line, line), (LAYOUT, ROW, ROW), strict=True
                         )
                     )

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import core as jex
 
+from attnlab.core.axes import varying
 from attnlab.core.mask import Coords
 from attnlab.core.mods import Mod
 from attnlab.core.staging import Body, split
@@ -204,7 +205,7 @@ class Tile:
         start = self.q0 if group == "rows" else self.k0
         ref = self.refs[name]
         at = (*_lead(ref, self.b, self.n), pl.ds(start, self.shape[axis]))
-        return plgpu.load(ref.at[at], layout=LAYOUT.reduce(1 - axis), optimized=False)
+        return load(ref.at[at], LAYOUT.reduce(1 - axis))
 
     def operand(self, name: str, group: str) -> tuple[Any, str]:
         """Value and rank of an operand."""
@@ -216,7 +217,7 @@ class Tile:
         if group == "distances" and self.stored is not None:
             ref = self.refs[f"{name} tiles"]
             at = (*_lead(ref, self.b, self.n), self.stored)
-            return plgpu.load(ref.at[at], layout=LAYOUT, optimized=False), "tile"
+            return load(ref.at[at], LAYOUT), "tile"
         if group == "distances":
             ref = self.refs[f"{name} numbers"]
             return ref[(*_lead(ref, self.b, self.n), self.number)], "scalar"
@@ -229,7 +230,7 @@ class Tile:
         ref = self.refs[name]
         starts = (self.q0, self.k0) if self.q_axis == 0 else (self.k0, self.q0)
         at = (*_lead(ref, self.b, self.n), *map(pl.ds, starts, self.shape))
-        x = plgpu.load(ref.at[at], layout=LAYOUT, optimized=False)
+        x = load(ref.at[at], LAYOUT)
         return x.astype(jnp.int32) if ref.dtype == jnp.int8 else x
 
     def fetched(self, masked: bool) -> dict[str, Any]:
@@ -366,6 +367,15 @@ def _as_float(x):
     """float32 of integers below 2**22: two cheap instructions instead of a conversion."""
     magic = 0x4B400000  # the bits of 1.5 * 2**23: adding x to them adds x to the number
     return lax.bitcast_convert_type(x + magic, jnp.float32) - float(3 * 2**22)
+
+
+def load(ref, layout):
+    """What ``ref`` (a place in device memory) holds, in registers.
+
+    Inside shard_map it says that it varies, which nothing else in a kernel does: products drop it.
+    """
+    x = plgpu.load(ref, layout=layout, optimized=False)
+    return x * jnp.ones((), x.dtype) if varying(x) else x
 
 
 def _lead(ref, b, n):
