@@ -18,8 +18,19 @@ from jax.sharding import PartitionSpec as P
 from attnlab.core import axes
 from attnlab.core.mask import Blocks, Causal, Coords, Prefix, Segments, Window
 from attnlab.core.versions import make_mesh
-from attnlab.ops.attention import _over_shards, attention, decode_xla, reference, vendor, xla
+from attnlab.ops.attention import (
+    OP,
+    Implementation,
+    _over_shards,
+    attention,
+    decode_xla,
+    reference,
+    tpu,
+    vendor,
+    xla,
+)
 from attnlab.ops.attention import decode as decode_module
+from attnlab.ops.attention.carry import attention_step, finish
 from attnlab.ops.attention.decode import decode
 from attnlab.parallel.rules import RULES
 from attnlab.testing.budget import close_trees
@@ -75,6 +86,7 @@ def main() -> None:
     for heads in ((4, 2), (4, 1), (3, 3)):
         kernel_over_shards(*heads)
     masks_over_shards()
+    steps_over_shards()
     decode_over_shards()
 
 
@@ -135,6 +147,39 @@ def masks_over_shards() -> None:
             run = jax.jit(functools.partial(_over_shards, xla.forward, **call))
             found = run(q, k, v)
         close_trees(found, expected, name=f"{type(mask).__name__} over shards")
+
+
+def steps_over_shards() -> None:
+    """A kernel (interpreted) that goes on from a state: the state is cut like the queries."""
+    B, T, N, K, H = 2, 128, 4, 2, 16
+    keys = jax.random.split(jax.random.key(5), 3)
+    shapes = (B, T, N, H), (B, 2 * T, K, H), (B, 2 * T, K, H)
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+    place = jnp.broadcast_to(jnp.arange(2 * T), (B, 2 * T))
+    slopes = jnp.arange(N) / 8
+    step = functools.partial(tpu.step, interpret=True)
+    OP.implementations["mapped"] = Implementation(
+        "mapped", lambda call: None, tpu.forward, partitions=False, step=step
+    )
+
+    def gradients(impl):
+        def loss(arrays, slopes):
+            q, k, v = arrays
+            carry = None
+            for low in (0, T):
+                here = slice(low, low + T)
+                carry = attention_step(
+                    carry, q, k[:, here], v[:, here], positions=(place[:, T:], place[:, here]),
+                    score_mod=lambda s, h, q, k: s + slopes[h] * (k - q), impl=impl,
+                )
+            o, lse = finish(carry)
+            return jnp.sin(o).sum() + jnp.cos(lse).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))
+
+    expected = gradients("xla")(arrays, slopes)
+    with axes.sharding(make_mesh((2, 2), ("data", "tensor")), RULES):
+        close_trees(gradients("mapped")(arrays, slopes), expected, name="steps over shards")
 
 
 def decode_over_shards() -> None:
