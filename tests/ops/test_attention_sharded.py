@@ -19,7 +19,16 @@ from attnlab.core import axes
 from attnlab.core.dispatch import Implementation
 from attnlab.core.mask import Blocks, Causal, Coords, Prefix, Segments, Window
 from attnlab.core.versions import make_mesh
-from attnlab.ops.attention import OP, _over_shards, attention, decode_xla, reference, vendor, xla
+from attnlab.ops.attention import (
+    OP,
+    _over_shards,
+    attention,
+    decode_xla,
+    reference,
+    tpu,
+    vendor,
+    xla,
+)
 from attnlab.ops.attention import decode as decode_module
 from attnlab.ops.attention.carry import attention_step, finish
 from attnlab.ops.attention.decode import decode
@@ -78,6 +87,7 @@ def main() -> None:
         kernel_over_shards(*heads)
     masks_over_shards()
     steps_over_shards()
+    kernel_steps_over_shards()
     decode_over_shards()
 
 
@@ -169,6 +179,40 @@ def steps_over_shards() -> None:
     assert found[0].sharding.spec[0] == "data", found[0].sharding
     close_trees(found, expected, name="steps over shards")
     close_trees(within, expected, name="steps inside shard_map")
+
+
+def kernel_steps_over_shards() -> None:
+    """A kernel (interpreted) that goes on from a state: the state is cut like the queries."""
+    B, T, N, K, H = 2, 128, 4, 2, 16
+    keys = jax.random.split(jax.random.key(5), 3)
+    shapes = (B, T, N, H), (B, 2 * T, K, H), (B, 2 * T, K, H)
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+    place = jnp.broadcast_to(jnp.arange(2 * T), (B, 2 * T))
+    slopes = jnp.arange(N) / 8
+    step = functools.partial(tpu.step, interpret=True)
+    OP.implementations["mapped"] = Implementation(
+        "mapped", lambda call: None, tpu.forward, partitions=False, step=step
+    )
+
+    def gradients(impl):
+        def loss(arrays, slopes):
+            q, k, v = arrays
+            carry = None
+            for low in (0, T):
+                here = slice(low, low + T)
+                carry = attention_step(
+                    carry, q, k[:, here], v[:, here], positions=(place[:, T:], place[:, here]),
+                    score_mod=lambda s, h, q, k: s + slopes[h] * (k - q), impl=impl,
+                )
+            o, lse = finish(carry)
+            return jnp.sin(o).sum() + jnp.cos(lse).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))
+
+    expected = gradients("xla")(arrays, slopes)
+    with axes.sharding(make_mesh((2, 2), ("data", "tensor")), RULES):
+        close_trees(gradients("mapped")(arrays, slopes), expected, name="steps over shards")
+    del OP.implementations["mapped"]
 
 
 def decode_over_shards() -> None:

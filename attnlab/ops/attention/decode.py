@@ -77,8 +77,7 @@ OP = Op(
         Implementation("xla", lambda call: None, decode_xla.forward),
         decode_gpu.IMPLEMENTATION,
     ],
-    # The Hopper kernel is asked for by name until it has been timed on a device.
-    {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)},
+    {"cpu": ("xla",), "gpu": ("gpu", "xla"), "tpu": ("xla",)},
 )
 
 

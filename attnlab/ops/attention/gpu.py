@@ -34,8 +34,8 @@ def supports(call) -> str | None:
     """None where the kernels serve the call, else the reason."""
     if _wide(call):
         return (
-            f"H = {call.H}, V = {call.V}: served up to 192 and 128; impl='gpu-wide' serves wider "
-            "heads, but has not been timed on a device yet"
+            f"H = {call.H}, V = {call.V}: served up to 256; impl='gpu-wide' serves wider heads, "
+            "forward only"
         )
     return next((reason for refused, reason in _limits(call) if refused), None)
 
@@ -48,7 +48,7 @@ def supports_wide(call) -> str | None:
 
 
 def _wide(call) -> bool:
-    return call.H > 192 or call.V > 128
+    return max(call.H, call.V) > 256
 
 
 def _limits(call):

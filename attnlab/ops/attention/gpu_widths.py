@@ -39,7 +39,7 @@ def backward_configs(H: int, V: int) -> tuple[gpu_backward_wide.Config, gpu_back
     """Sizes for dq and for dk, dv above 192 / 128, up to 256."""
     Config = gpu_backward_wide.Config
     if max(H, V) > 192:
-        return Config(128, 64, 2, 1 if V > 192 else 2), Config(64, 128, 2)
+        return Config(128, 64, 2, 1 if V > 192 else 2, turns=False), Config(64, 128, 2)
     return Config(128, 64, 2, 2), Config(64, 128, 3)
 
 
