@@ -15,7 +15,7 @@ from attnlab.analysis import bench_decode, bench_oracle, bench_timing
 from attnlab.analysis.bench_cases import BOTH, OURS, Case, Decode
 from attnlab.analysis.bench_worker import versions
 from attnlab.core.mask import Blocks, Causal, Coords, Mask, SinkTokens, Window
-from attnlab.ops.attention import attention
+from attnlab.ops.attention import attention, gpu, plan
 
 PACKAGES = ("jax", "jaxlib", "tokamax", "jax-triton", "triton", "nvidia-cudnn-cu13", "numpy")
 
@@ -93,6 +93,9 @@ class Engine:
         )
         if isinstance(case, Case) and case.sight == "blocks" and impl in OURS:
             row |= lists_times(case, data)
+        if isinstance(case, Case) and planned(case, impl):
+            function = jax.jit(functools.partial(_plan, case))
+            row["lists_ms"] = _device_ms(function, (data["positions"], data["segments"]))
         return row | times.row()
 
     def _load(self, case: Case | Decode) -> dict[str, jax.Array]:
@@ -116,6 +119,8 @@ def call(case: Case, impl: str, direction: str, data: dict[str, jax.Array]):
     """
     learned = ("table",) if case.mod == "t5" else ()
     fixed = {n: data[n] for n in ("slopes", "segments", "positions", "lists") if n in data}
+    if planned(case, impl):
+        fixed["plan"] = jax.jit(functools.partial(_plan, case))(data["positions"], data["segments"])
 
     def forward(q, k, v, learned, fixed):
         mod = _score_mod(case, fixed | learned)
@@ -125,7 +130,8 @@ def call(case: Case, impl: str, direction: str, data: dict[str, jax.Array]):
             options |= rows | {"layout": "packed"}
         if case.mod == "cap":
             options["logit_cap"] = cases.CAP
-        return attention(q, k, v, mask=_mask(case, fixed), impl=impl, **options)
+        mask = fixed["plan"] if "plan" in fixed else _mask(case, fixed)
+        return attention(q, k, v, mask=mask, impl=impl, **options)
 
     args = [data["q"], data["k"], data["v"], {name: data[name] for name in learned}]
     if direction != BOTH:
@@ -155,13 +161,31 @@ def lists_times(case: Case, data: dict[str, jax.Array]) -> dict[str, float | Non
                 transposed=transposed,
             )
 
-        function, args = jax.jit(build), (data["lists"], coords)
-        times = bench_timing.take(
-            lambda f=function, a=args: f(*a), jax.block_until_ready,
-            functools.partial(bench_timing.jax_kernels, function, args),
-        )
-        found[name] = times.queued_ms if times.device_ms is None else times.device_ms
+        found[name] = _device_ms(jax.jit(build), (data["lists"], coords))
     return found
+
+
+def planned(case: Case, impl: str) -> bool:
+    """Whether the block lists are built before the call, once a step, as by FlexAttention."""
+    return case.sight == "documents" and impl.startswith("gpu")
+
+
+def _plan(case: Case, positions, segments):
+    mask: Any = Causal()
+    for block_q, block_k in gpu.tiles(case.H, case.V):
+        mask = plan(
+            mask, positions=positions[None], segments=segments[None], layout="packed",
+            batch=case.B, heads=case.N, block_q=block_q, block_k=block_k,
+        )
+    return mask
+
+
+def _device_ms(function, args) -> float | None:
+    times = bench_timing.take(
+        lambda: function(*args), jax.block_until_ready,
+        functools.partial(bench_timing.jax_kernels, function, args),
+    )
+    return times.queued_ms if times.device_ms is None else times.device_ms
 
 
 def _mask(case: Case, fixed) -> Mask:

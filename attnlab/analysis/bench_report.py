@@ -133,6 +133,9 @@ def _extras(shown: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[str
             if "transposed_ms" in row:
                 text.append(f"{what}: block lists {row['lists_ms']:.3f} ms, transposed"
                             f" {row['transposed_ms']:.3f} ms")
+        if row["case"] == "documents" and "lists_ms" in row:
+            text.append(f"{what}: block lists of both directions, built once a step,"
+                        f" {row['lists_ms']:.3f} ms")
         if row["case"] == "decode" and row["copy_gb_s"]:
             text.append(f"{what}: {row['gb_s']:.0f} GB/s, {row['gb_s'] / row['copy_gb_s']:.0%} of"
                         f" the measured copy")

@@ -230,6 +230,12 @@ def backward_configs(H: int, V: int, score: Body | None = None, dense: bool = Fa
     return Config(128, 64, 3, turns=False), Config(64, 128, 3, turns=places)
 
 
+def tiles(H: int, V: int, score: Body | None = None) -> list[tuple[int, int]]:
+    """``(block_q, block_k)`` of the block lists that a call with gradient reads: for ``plan``."""
+    configs = forward_config(H, V), *backward_configs(H, V, score)
+    return list(dict.fromkeys((c.block_q, c.block_k) for c in configs))
+
+
 IMPLEMENTATIONS = (
     Implementation("gpu", supports, forward, partitions=False, step=step),
     Implementation("gpu-wide", supports_wide, forward, partitions=False),
