@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from attnlab.core.axes import vary
 from attnlab.core.dispatch import Implementation
-from attnlab.core.mask import Blocks, MaskMod, conjuncts, parts
+from attnlab.core.mask import Blocks, Causal, Full, MaskMod, conjuncts, parts
 from attnlab.core.staging import Body, split, values
 from attnlab.core.versions import JAX
 from attnlab.ops.attention.pairs import capped, pair_mod, runs_mod
@@ -182,7 +182,8 @@ def _given(
         make_plan, T=T, S=S, layout=layout, scale=scale, score=score, mask=pair
     )
     dense = any(h.group == "dense" for b in (body, seen) if b is not None for h in b.handed)
-    static = gpu_attend.Static(make, layout, body, dense, value_is_prefix, interpret)
+    light = layout == "full" and all(isinstance(part, Causal | Full) for part in parts(mask))
+    static = gpu_attend.Static(make, layout, body, dense, light, value_is_prefix, interpret)
     fixed = values(pair, seen, q_coords, k_coords), mask, q_coords, k_coords
     return static, q, k, v, handed, fixed
 
@@ -207,11 +208,14 @@ def forward_config(H: int, V: int, value_is_prefix: bool = False, dense: bool = 
     return Config(128, 128, 4 if max(H, V) <= 64 else 2)
 
 
-def backward_configs(H: int, V: int, score: Body | None = None, dense: bool = False):
+def backward_configs(
+    H: int, V: int, score: Body | None = None, dense: bool = False, light: bool = True
+):
     """Sizes of the kernel for dq and of the one for dk and dv, by measurement on an H200.
 
     With a score function both are short of registers: smaller tiles, and turns only where it reads
-    coordinates. So they are with values by query and key (``dense``) in the mask; not measured.
+    coordinates. So is dq where the mask is more than causal (not ``light``), and both with values
+    by query and key (``dense``) in the mask; the last was not measured.
     """
     from attnlab.ops.attention import gpu_widths
     from attnlab.ops.attention.gpu_backward import Config
@@ -223,16 +227,17 @@ def backward_configs(H: int, V: int, score: Body | None = None, dense: bool = Fa
     if max(H, V) > 128:
         return Config(128, 64, 2, turns=False), Config(64, 128, 2, turns=False)
     if score is None and not dense:
-        return Config(128, 128, 2, turns=False), Config(64, 128, 3)
+        columns = Config(64, 128, 3)
+        return Config(128, 128 if light else 64, 2 if light else 3, turns=False), columns
     places = score is None or bool(
         (score.coordinates - {"score"}) | score.floats | set(score.handed)
     )
     return Config(128, 64, 3, turns=False), Config(64, 128, 3, turns=places)
 
 
-def tiles(H: int, V: int, score: Body | None = None) -> list[tuple[int, int]]:
+def tiles(H: int, V: int, score: Body | None = None, light: bool = False) -> list[tuple[int, int]]:
     """``(block_q, block_k)`` of the block lists that a call with gradient reads: for ``plan``."""
-    configs = forward_config(H, V), *backward_configs(H, V, score)
+    configs = forward_config(H, V), *backward_configs(H, V, score, light=light)
     return list(dict.fromkeys((c.block_q, c.block_k) for c in configs))
 
 

@@ -44,12 +44,14 @@ class Static:
     Args:
         make: ``gpu_tiles.make_plan`` without the facts of a kernel. score: the modified score split
             (``core.staging``), or None. dense: whether score or mask has a value by query and key.
+            light: whether the mask is at most causal, places counted in the array.
     """
 
     make: Any
     layout: str
     score: Any
     dense: bool
+    light: bool
     value_is_prefix: bool
     interpret: Any
 
@@ -109,13 +111,10 @@ def _run(static: Static, q, k, v, handed, fixed, *, sink=None, **how):
 
 def _attend_fwd(static, *given):
     (q, k, v, sink, handed, fixed), asked = _perturbed(given, given[4])
-    # Gradients of slopes multiply the error of delta by distances: it is taken from o in float32.
-    how = {"exact": True} if any(asked.handed) and max(q.shape[-1], v.shape[-1]) <= 256 else {}
-    o, lse = _run(static, q, k, v, handed, fixed, sink=sink, **how)
+    o, lse = _run(static, q, k, v, handed, fixed, sink=sink)
     o = checkpoint_name(o, "attention_out")
     lse = checkpoint_name(lse, "attention_lse")
-    saved = asked, q, k, v, sink, handed, fixed, o, lse
-    return (o[:, : q.shape[1]].astype(q.dtype), lse), saved
+    return (o, lse), (asked, q, k, v, sink, handed, fixed, o, lse)
 
 
 def _attend_bwd(static, residuals, cotangents):
@@ -123,17 +122,19 @@ def _attend_bwd(static, residuals, cotangents):
     do, dlse = map(_real, cotangents)
     T = q.shape[1]
     alive = lse > -jnp.inf
-    o = o[:, :T].astype(jnp.float32)
-    delta = (o * do.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    delta = (o.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
     delta = jnp.pad(delta, [(0, 0), (0, 0), (0, lse.shape[-1] - T)]) - dlse
     delta = jnp.where(alive, delta, 0)
-    dsink = None
+    dsink, owed = None, dlse  # owed: what dz of a query adds up to
     if sink is not None:
         p = jnp.where(alive, jnp.exp(sink[:, None] - lse), 0)
         dsink = -(p * delta)[..., :T].sum((0, 2))
+        owed = dlse + p * delta
     base2 = jnp.where(alive, lse * LOG2E, 1e30)
     do = do.astype(q.dtype)
-    dq, dk, dv, dhanded = _gradients(static, asked, q, k, v, do, base2, delta, handed, fixed)
+    dq, dk, dv, dhanded = _gradients(
+        static, asked, q, k, v, do, base2, delta, handed, fixed, jnp.where(alive, owed, 0)
+    )
     return dq, dk, dv, dsink, dhanded, None
 
 
@@ -187,8 +188,9 @@ def _advance_bwd(static, residuals, cotangents):
 advance.defvjp(_advance_fwd, _advance_bwd, symbolic_zeros=True)
 
 
-def _gradients(static, asked: _Asked, q, k, v, do, base2, delta, handed, fixed):
-    """``(dq, dk, dv, dhanded)``; lse in base 2."""
+def _gradients(static, asked: _Asked, q, k, v, do, base2, delta, handed, fixed, owed=None):
+    """``(dq, dk, dv, dhanded)``; lse in base 2. ``owed[B, N, T']``: what dz of a query adds up to,
+    where that is known; it shows the error of delta, see ``gpu_backward.row_vectors``."""
     H, V = q.shape[-1], v.shape[-1]
     if max(H, V) > 256:
         raise UnsupportedError(
@@ -196,19 +198,25 @@ def _gradients(static, asked: _Asked, q, k, v, do, base2, delta, handed, fixed):
             "above 256 the kernel has a forward pass only",
             "train the expanded form (heads up to 256), or use impl='xla'",
         )
-    grads, plans = [], []
-    configs = gpu.backward_configs(H, V, static.score, static.dense)
-    for kernel, config, transposed in gpu_widths.backward_of(*configs):
+    configs = gpu.backward_configs(H, V, static.score, static.dense, static.light)
+    rows, columns = gpu_widths.backward_of(*configs)
+
+    def run(kernel, config, transposed):
         plan, lists, order, operands = _prepared(
             static, config, handed, fixed, transposed, asked.handed
         )
-        plans.append((plan, operands))
-        grads.append(
-            kernel(plan, config, q, k, v, do, base2, delta, lists, order, operands,
-                   interpret=static.interpret)
-        )
-    (dq, *row_sums), (dk, dv, *column_sums) = _as_varying(grads, q)
-    plan, operands = plans[0]
+        out = kernel(plan, config, q, k, v, do, base2, delta, lists, order, operands,
+                     interpret=static.interpret)
+        return plan, operands, _as_varying(out, q)
+
+    plan, operands, (dq, *row_sums) = run(*rows)
+    vectors = gpu_backward.row_vectors(plan)
+    row_sums, tables = row_sums[:vectors], row_sums[vectors:]
+    if vectors:
+        half, error = vectors // 2, 0.0 if owed is None else row_sums[-1] - owed
+        row_sums = [x - error * w for x, w in zip(row_sums[:half], row_sums[half:-1], strict=True)]
+        delta = delta + error
+    _, _, (dk, dv, *column_sums) = run(*columns)
     dhanded: list[Any] = [None] * len(handed)
     for i, x in zip(gpu_backward.asked(plan, ("columns",)), column_sums, strict=True):
         dhanded[i] = _like(x, handed[i])
@@ -227,7 +235,7 @@ def _gradients(static, asked: _Asked, q, k, v, do, base2, delta, handed, fixed):
             dhanded[i] = _like(x, handed[i], whole=True)
         else:
             dhanded[i] = _like(sums[0], handed[i])
-    for i, x in zip(gpu_backward.asked(plan, ("dense",)), row_sums, strict=True):
+    for i, x in zip(gpu_backward.asked(plan, ("dense",)), tables, strict=True):
         dhanded[i] = _like(x[..., : plan.T, : plan.S], handed[i], whole=True)
     for i, x in enumerate(handed):
         if dhanded[i] is None and not jnp.issubdtype(x.dtype, jnp.floating):

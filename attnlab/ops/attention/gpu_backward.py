@@ -68,6 +68,18 @@ def row_sums(plan: Plan) -> tuple[int, ...]:
     )
 
 
+def row_vectors(plan: Plan) -> int:
+    """How many numbers a query the dq kernel sums along the keys, where a gradient of ``ROW_GROUPS``
+    is asked for: each of ``row_sums`` of ``pull(dz)``, then of ``pull(p)``, and ``dz`` itself.
+
+    With the last two an error ``e`` of delta can be taken out of the first: ``dz`` has ``-p e`` too
+    much. ``o`` comes from weights in the dtype of q, so delta has one, and the gradient of a slope
+    multiplies it by distances.
+    """
+    count = sum(row_sums(plan))
+    return 2 * count + 1 if count else 0
+
+
 def gradient_tables(plan: Plan, B: int, N: int) -> list[Any]:
     """What the dq kernel writes for ``asked(plan, ("dense",))``: ``[B, N, T', S']``."""
     rows, columns = plan.T + -plan.T % plan.block_q, plan.S + -plan.S % plan.block_k
@@ -125,11 +137,18 @@ def row_cotangents(tile: Tile, s, dp, lse, delta, sums, masked: bool, dtype, tab
         z = z * LOG2E - lax.broadcast_in_dim(base, shape, (0,))
         if masked:
             z = jnp.where(tile.seen(), z, -jnp.inf)
-        dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
+        p = jnp.exp2(z)
+        dz = p * (dp - lax.broadcast_in_dim(delta, shape, (0,)))
         ds, *rest = pull(dz)
         for table, x in zip(tables, rest[len(wanted) :], strict=True):
             table[tile.b, tile.n, *map(pl.ds, (tile.q0, tile.k0), shape)] = x
-        return ds.astype(dtype), *add_row_sums(tile, sums, rest[: len(wanted)])
+        if wanted:
+            half, weights = len(sums) // 2, pull(p)[1 : 1 + len(wanted)]
+            sums = (
+                *add_row_sums(tile, sums[:half], rest[: len(wanted)]),
+                *add_row_sums(tile, sums[half:-1], weights), sums[-1] + dz.sum(axis=1),
+            )
+        return ds.astype(dtype), *sums
 
     narrow, *sums = tile.by_kind(local, s, dp, *sums)
     return narrow, tuple(sums)
@@ -176,7 +195,7 @@ def grad_q(
     plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, order, operands, *,
     interpret: Any = None,
 ):
-    """``dq[B, T, N, H]`` and, as many as ``row_sums(plan)`` counts, fp32 sums over the keys
+    """``dq[B, T, N, H]`` and, as many as ``row_vectors(plan)`` says, fp32 sums over the keys
     ``[B, N, T']`` of the cotangents of ``asked(plan, ROW_GROUPS)``, then those of
     ``asked(plan, ("dense",))``, fp32 ``[B, N, T', S']``. lse (base 2) and delta: float32
     ``[B, N, T']``."""
@@ -185,12 +204,12 @@ def grad_q(
     G, rows, dtype = N // K, lists.rows, q.dtype
     block_k, stages = config.block_k, config.stages
     names = [name for name, _ in plan.names]
-    totals = row_sums(plan)
+    totals = row_vectors(plan)
     leaves, tree = jax.tree.flatten(lists)
     inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     tables = gradient_tables(plan, B, N)
-    outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * sum(totals), *tables]
+    outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * totals, *tables]
 
     def kernel(*refs):
         (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
@@ -261,7 +280,7 @@ def grad_q(
 
                 carry = (
                     _zeros((WIDTH, H), LAYOUT),
-                    tuple(_zeros((WIDTH,), ROW) for _ in range(sum(totals))), jnp.int32(0),
+                    tuple(_zeros((WIDTH,), ROW) for _ in range(totals)), jnp.int32(0),
                 )
                 carry = visit(full, b, n, row, lambda j, c: step(j, c, False), carry)
                 dq, sums, _ = visit(partial, b, n, row, lambda j, c: step(j, c, True), carry)

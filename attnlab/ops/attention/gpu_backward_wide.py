@@ -45,7 +45,7 @@ from attnlab.ops.attention.gpu_backward import (
     _zeros,
     gradient_tables,
     row_cotangents,
-    row_sums,
+    row_vectors,
 )
 from attnlab.ops.attention.gpu_dense import clear_absent
 from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
@@ -82,7 +82,7 @@ def grad_q(
     G, rows, dtype = N // K, lists.rows, q.dtype
     block_k, stages, stages_v = config.block_k, config.stages, config.stages_v
     names = [name for name, _ in plan.names]
-    totals = sum(row_sums(plan))
+    totals = row_vectors(plan)
     leaves, tree = jax.tree.flatten(lists)
     inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)

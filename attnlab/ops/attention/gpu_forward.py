@@ -87,14 +87,14 @@ def with_offset(tile: Tile, m, l):
 
 def forward(
     plan: Plan, config: Config, q, k, v, sink, lists: BlockLists, order, operands, *,
-    exact: bool = False, state: bool = False, carry: Any = None, interpret: Any = None,
+    state: bool = False, carry: Any = None, interpret: Any = None,
 ):
     """``(o, lse)`` of ``q[B, T, N, H]``, ``k[B, S, K, H]``, ``v[B, S, K, V]``.
 
     Args:
         sink: float32 ``[N]`` or None. order: int32 ``[rows]``, rows of tiles, longest first.
         operands: one array an entry of ``plan.names``.
-        exact: o in float32 and whole tiles, ``[B, T', N, V]``. state: return the state of ``core.softmax`` instead, without a sink. carry: the state to go
+        state: return the state of ``core.softmax`` instead, without a sink. carry: the state to go
             on from, or None: ``(o, m, l)`` as returned.
 
     Returns:
@@ -110,8 +110,6 @@ def forward(
     leaves, tree = jax.tree.flatten(lists)
     vector = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     outs = [jax.ShapeDtypeStruct((B, T, N, V), dtype), vector]
-    if exact:
-        outs[0] = jax.ShapeDtypeStruct((B, vector.shape[2], N, V), jnp.float32)
     if state:
         outs = [jax.ShapeDtypeStruct((B, vector.shape[2], N, V), jnp.float32), vector, vector]
     before = [] if carry is None else list(carry)
@@ -242,15 +240,11 @@ def forward(
                 empty = l == 0.0
                 inverse = (1.0 if factor is None else factor) / jnp.where(empty, 1.0, l)
                 acc = acc * lax.broadcast_in_dim(inverse, acc.shape, (0,))
-                if exact:
-                    results[0][matrix] = acc
-                else:
-                    result[...] = acc.astype(dtype)
+                result[...] = acc.astype(dtype)
                 lse = (m + jnp.log2(jnp.where(empty, 1.0, l))) * (1 / LOG2E)
                 lse_smem[wg] = jnp.where(empty, -jnp.inf, lse)
                 plgpu.commit_smem()
-                if not exact:
-                    plgpu.copy_smem_to_gmem(result, results[0].at[matrix])
+                plgpu.copy_smem_to_gmem(result, results[0].at[matrix])
                 plgpu.copy_smem_to_gmem(lse_smem.at[wg], results[1].at[line])
                 plgpu.wait_smem_to_gmem(0)
 

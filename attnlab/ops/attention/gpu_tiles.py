@@ -290,8 +290,8 @@ class Tile:
 
     def known(self, body: Body) -> dict[str, tuple[Any, str]]:
         """The coordinates that ``body`` reads."""
-        found = {name: self.coordinate(name) for name in body.coordinates - {"score"}}
-        return found | {f"float {name}": self.real(name) for name in body.floats}
+        found = {name: self.coordinate(name) for name in sorted(body.coordinates - {"score"})}
+        return found | {f"float {name}": self.real(name) for name in sorted(body.floats)}
 
     def seen(self) -> Any:
         """The mask on this tile."""
@@ -343,9 +343,9 @@ class Tile:
             return (zero if rank == "scalar" else (self.lift(*zero, rank), rank))
 
         known, near = {}, {}
-        for name in body.coordinates - {"score"}:
+        for name in sorted(body.coordinates - {"score"}):
             known[name] = entry(name, lambda n=name: self.coordinate(n), jnp.int32)
-        for name in body.floats:
+        for name in sorted(body.floats):
             known[f"float {name}"] = entry(f"float {name}", lambda n=name: self.real(n), jnp.float32)
             near[name] = entry(f"near {name}", lambda n=name: self.near(n), jnp.float32)
         handed = [
