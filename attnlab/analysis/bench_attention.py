@@ -27,7 +27,8 @@ from attnlab.core.errors import ConfigError, UnsupportedError
 # Implementations, in the order in which they are measured, and the process of each.
 KINDS = {
     "gpu": "jax", "flex": "torch", "flex-exp": "torch", "torch-cudnn": "torch", "cudnn": "jax",
-    "tokamax": "jax", "flex-fa4": "torch", "triton": "jax", "xla": "jax", "flex-tuned": "torch",
+    "tokamax": "jax", "gpu-wide": "jax", "flex-fa4": "torch", "triton": "jax", "xla": "jax",
+    "flex-tuned": "torch",
 }
 ON_REQUEST = ("flex-tuned",)  # minutes of autotuning a cell
 CELL_S = 180.0  # seconds a cell may take: its compilation, comparison and timing
