@@ -90,7 +90,7 @@ OP = Op(
     ],
     {
         "cpu": ("xla",),
-        "gpu": ("cudnn", "gpu", "tokamax", "xla"),
+        "gpu": ("cudnn", "gpu", "tokamax", "triton", "xla"),
         "tpu": ("splash", "tpu", "xla"),
     },
 )

@@ -43,6 +43,11 @@ def backward_configs(H: int, V: int) -> tuple[gpu_backward_wide.Config, gpu_back
     return Config(128, 64, 2, 2), Config(64, 128, 3)
 
 
+def short_rows() -> gpu_backward_wide.Config:
+    """Sizes of the wide kernel for dq of heads to 128."""
+    return gpu_backward_wide.Config(128, 64, 2, 1, turns=False)
+
+
 def forward_of(config):
     """The forward kernel of these sizes."""
     return gpu_wide.forward if isinstance(config, gpu_wide.Config) else gpu_forward.forward
