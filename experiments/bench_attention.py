@@ -23,7 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 ROWS = RESULTS / "bench_attention.json"
 COLOURS = {
     "gpu": "#cc3311", "flex": "#4477aa", "flex-exp": "#88bbee", "flex-fa4": "#66ccee",
-    "torch-cudnn": "#ccbb44", "cudnn": "#228833", "tokamax": "#aa3377", "triton": "#ee8866",
+    "torch-cudnn": "#ccbb44", "cudnn": "#228833", "tokamax": "#aa3377", "gpu-wide": "#ee7733",
+    "triton": "#ee8866",
     "xla": "#bbbbbb",
 }
 LENGTH = 16384

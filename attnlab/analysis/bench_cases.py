@@ -15,7 +15,7 @@ import numpy as np
 from attnlab.core.errors import ConfigError
 
 FORWARD, BOTH = "fwd", "fwd+bwd"
-OURS = ("gpu", "gpu-wide", "triton", "xla")  # implementations of attnlab; every other name is a peer
+OURS = ("gpu", "gpu-wide", "triton", "xla")  # attnlab's; every other name is a peer
 CAP = 3.0  # logit cap; logits have deviation 1 here, so a larger one would go unnoticed
 # T5: buckets, those of one distance each (below 16), and buckets an octave up to 128 = 16 * 2**3.
 BUCKETS, EXACT, STEPS = 32, 16, 16 / 3

@@ -159,7 +159,7 @@ def _given(
 ):
     """The static facts, q, k and v in whole tiles, hoisted values, and what has no gradient."""
     from attnlab.ops.attention import gpu_attend, gpu_distance
-    from attnlab.ops.attention.gpu_tiles import make_plan
+    from attnlab.ops.attention.gpu_plan import make_plan
 
     B, T, N, _ = q.shape
     S, V = k.shape[1], v.shape[-1]

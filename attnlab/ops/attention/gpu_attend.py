@@ -34,7 +34,8 @@ from attnlab.core.axes import vary
 from attnlab.core.errors import UnsupportedError
 from attnlab.ops.attention import gpu, gpu_backward, gpu_distance, gpu_widths
 from attnlab.ops.attention.blocks import BlockLists, block_lists
-from attnlab.ops.attention.gpu_tiles import LOG2E, coordinates, handed_operands
+from attnlab.ops.attention.gpu_plan import coordinates, handed_operands
+from attnlab.ops.attention.gpu_tiles import LOG2E
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class Static:
     """What a custom derivative is specialised to.
 
     Args:
-        make: ``gpu_tiles.make_plan`` without the facts of a kernel. score: the modified score split
+        make: ``gpu_plan.make_plan`` without the facts of a kernel. score: the modified score split
             (``core.staging``), or None. dense: whether score or mask has a value by query and key.
             light: whether the mask is at most causal, places counted in the array.
     """

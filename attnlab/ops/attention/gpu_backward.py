@@ -30,7 +30,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_dense import clear_absent
 from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, total, visit
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Plan, Tile
+from attnlab.ops.attention.gpu_plan import Plan
+from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Tile
 from attnlab.ops.attention.pairs import with_plain_sums
 
 COLUMN = LAYOUT.reduce(0)
@@ -69,8 +70,8 @@ def row_sums(plan: Plan) -> tuple[int, ...]:
 
 
 def row_vectors(plan: Plan) -> int:
-    """How many numbers a query the dq kernel sums along the keys, where a gradient of ``ROW_GROUPS``
-    is asked for: each of ``row_sums`` of ``pull(dz)``, then of ``pull(p)``, and ``dz`` itself.
+    """How many numbers a query the dq kernel sums along the keys, where something of ``ROW_GROUPS``
+    needs its gradient: each of ``row_sums`` of ``pull(dz)``, then of ``pull(p)``, and ``dz``.
 
     With the last two an error ``e`` of delta can be taken out of the first: ``dz`` has ``-p e`` too
     much. ``o`` comes from weights in the dtype of q, so delta has one, and the gradient of a slope

@@ -49,7 +49,8 @@ from attnlab.ops.attention.gpu_backward import (
 )
 from attnlab.ops.attention.gpu_dense import clear_absent
 from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
-from attnlab.ops.attention.gpu_tiles import LAYOUT, WIDTH, Plan, Tile
+from attnlab.ops.attention.gpu_plan import Plan
+from attnlab.ops.attention.gpu_tiles import LAYOUT, WIDTH, Tile
 
 
 @dataclasses.dataclass(frozen=True)

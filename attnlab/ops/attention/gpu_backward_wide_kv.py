@@ -25,7 +25,8 @@ from attnlab.ops.attention.gpu_backward import (
 )
 from attnlab.ops.attention.gpu_backward_wide import Config, launch, varying_zero
 from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Plan, Tile
+from attnlab.ops.attention.gpu_plan import Plan
+from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Tile
 
 HALVES = 2
 

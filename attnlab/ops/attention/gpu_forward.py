@@ -27,7 +27,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.ops.attention.blocks import BlockLists, Runs
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, WIDTH, Plan, Tile, load
+from attnlab.ops.attention.gpu_plan import Plan
+from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, WIDTH, Tile, load
 
 ROW = LAYOUT.reduce(1)
 COMPUTE = 2  # warpgroups

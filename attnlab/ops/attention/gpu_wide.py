@@ -38,7 +38,8 @@ from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_backward import _take_apart, _zeros
 from attnlab.ops.attention.gpu_backward_wide import launch, varying_zero
 from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit, with_offset
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, WIDTH, Plan, Tile
+from attnlab.ops.attention.gpu_plan import Plan
+from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, WIDTH, Tile
 
 HALVES = 2
 
