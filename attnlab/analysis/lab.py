@@ -114,7 +114,10 @@ def candidates(
     Raises:
         ConfigError: a name or a size is unknown.
     """
-    usual = [n for n in OP.order[target.platform] if n in tuning.SPACES or n in OURS]
+    usual = [  # jax-triton cannot compile for a device that is not here
+        n for n in OP.order[target.platform]
+        if n in OURS or n in tuning.SPACES and n != "triton"
+    ]
     for name in names:
         if name not in OP.implementations:
             raise ConfigError(

@@ -444,9 +444,11 @@ class MaskMod(Mask):
         return MaskMod(Mod.of(function))
 
     def sees(self, pair):
-        values = [getattr(pair, name) for name in self.mod.program.inputs]
-        arguments = [0 if v is None else v for v in values]
-        return self.mod.of_pair(*arguments)
+        known = {name: getattr(pair, name) for name in self.mod.program.inputs}
+        for name, numbers in (("batch", self.mod.batch), ("head", self.mod.heads)):
+            if numbers is not None and known.get(name) is not None:
+                known[name] = numbers[known[name]]  # of a shard: those of the whole array
+        return self.mod.of_pair(*(0 if x is None else x for x in known.values()))
 
     def visible(self, q, k):
         return self.mod.on_grid(q, k)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnlab.core import axes
 from attnlab.core.dispatch import Implementation
-from attnlab.core.mask import Blocks, Causal, Coords, Prefix, Segments, Window
+from attnlab.core.mask import Blocks, Causal, Coords, MaskMod, Prefix, Segments, Window
 from attnlab.core.versions import make_mesh
 from attnlab.ops.attention import (
     OP,
@@ -88,6 +88,7 @@ def main() -> None:
     masks_over_shards()
     steps_over_shards()
     kernel_steps_over_shards()
+    functions_over_shards()
     decode_over_shards()
 
 
@@ -212,6 +213,28 @@ def kernel_steps_over_shards() -> None:
     expected = gradients("xla")(arrays, slopes)
     with axes.sharding(make_mesh((2, 2), ("data", "tensor")), RULES):
         close_trees(gradients("mapped")(arrays, slopes), expected, name="steps over shards")
+    del OP.implementations["mapped"]
+
+
+def functions_over_shards() -> None:
+    """A kernel (interpreted) whose mask looks up by head and by row, with and without a score."""
+    B, T, N, K, H = 4, 128, 4, 2, 16
+    keys = jax.random.split(jax.random.key(6), 3)
+    q, k, v = (jax.random.normal(key, (B, T, n, H)) for key, n in zip(keys, (N, K, K)))
+    spans, slopes = jnp.array([3, 9, 27, 81]), jnp.arange(N) / 8
+    lengths = jnp.array([1, 20, 5, 60])
+    mask = Causal() & MaskMod.of(lambda head, q, k: q - k < spans[head]) | Prefix(lengths)
+    scores = (None, lambda s, head, q, k: s + slopes[head] * (k - q))
+    OP.implementations["mapped"] = Implementation(
+        "mapped", lambda call: None, functools.partial(tpu.forward, interpret=True),
+        partitions=False,
+    )
+    for score in scores:
+        call = functools.partial(attention, mask=mask, score_mod=score, return_lse=True)
+        expected = call(q, k, v, impl="reference")
+        with axes.sharding(make_mesh((2, 2), ("data", "tensor")), RULES):
+            found = jax.jit(functools.partial(call, impl="mapped"))(q, k, v)
+        close_trees(found, expected, name=f"functions over shards, score {score is not None}")
     del OP.implementations["mapped"]
 
 

@@ -7,7 +7,6 @@ arXiv 2407.08608 (Hopper: copies and two warpgroups that take turns); Dong et al
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -166,12 +165,10 @@ def _given(
     q, k = (_whole(x) for x in (q, k))
     v = _whole(v, 64 if max(k.shape[-1], V) <= 256 else 128)
     pair = runs_mod(mask, q_coords, layout) or pair_mod(mask, S if S % 128 else None)
+    pair = pair.bound(B, N)
     handed, body = [], None
-    if score is None:
-        pair = pair.bound(B, N)
-    else:
+    if score is not None:
         score = score.bound(B, N)
-        pair = dataclasses.replace(pair, batch=score.batch, heads=score.heads)
         body = split(score.program, T, S)
         at = None
         if any(h.group == "distances" for h in body.handed):

@@ -144,7 +144,6 @@ def _staged(q, k, mask, score, q_coords, k_coords, scale, logit_cap, layout, int
     if score is not None:
         body = split(score.program, T, S)
         handed = values(score, body, q_coords, k_coords)
-    numbers = (None, None) if score is None else (score.batch, score.heads)
     G = N // K
     fold = G if tpu_attend.folds(mask, body, handed, T, G, layout) else 1
     problem = tpu_attend.Problem(
@@ -153,7 +152,7 @@ def _staged(q, k, mask, score, q_coords, k_coords, scale, logit_cap, layout, int
     )
     group_of = [] if body is None else [h.group for h in body.handed]
     handed = [problem.folded(g, x) for g, x in zip(group_of, handed)]
-    return problem, handed, (mask, q_coords, k_coords, *numbers)
+    return problem, handed, (mask, q_coords, k_coords)
 
 
 IMPLEMENTATION = Implementation("tpu", supports, forward, partitions=False, step=step)

@@ -116,7 +116,7 @@ class Problem:
 
 def _plan(problem: Problem, direction: str, shapes, handed, fixed, grads=(), sink=None):
     """``(plan, steps, operands, leads)`` of a kernel."""
-    mask, q, k, batch, heads = fixed
+    mask, q, k = fixed
     B, rows, H, V, K, dtype = shapes
     forward_pass = direction == "forward"
     choose = tpu_blocks.forward_blocks if forward_pass else tpu_blocks.backward_blocks
@@ -127,9 +127,7 @@ def _plan(problem: Problem, direction: str, shapes, handed, fixed, grads=(), sin
         if "distances" in known:  # Toeplitz tiles are made of whole vectors
             block_q += -block_q % LANES
     pair = pair_mod(mask, S if S % block_k else None)
-    pair = pair.bound(B, problem.N) if batch is None else dataclasses.replace(
-        pair, batch=batch, heads=heads
-    )
+    pair = pair.bound(B, problem.N)
     bodies = [None if p is None else split(p, T, S) for p in (problem.score, pair.program)]
     seen = values(pair, bodies[1], q, k)  # type: ignore[arg-type]
     groups = tuple(
@@ -182,7 +180,7 @@ def attend(problem: Problem, q, k, v, sink, handed, fixed):
 
     Args:
         sink: logits ``[1, N]`` (``[1, N, T]`` where folded) or None. handed: the score's hoisted
-            values. fixed: mask, coordinates of queries and keys, numbers of rows and heads.
+            values. fixed: mask, coordinates of queries and keys.
     """
     plan, steps, arrays, sizes = _plan(
         problem, "forward", _shapes(q, k, v), handed, fixed, (), sink
