@@ -22,7 +22,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 if CPU:
-    folder = ROOT / ".pytest_cache" / f"jax-{jax.__version__}"
+    # A folder a worker: jax writes its entries in place, and half an entry crashes who reads it.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    folder = ROOT / ".pytest_cache" / f"jax-{jax.__version__}" / worker
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_debug_nans", False)  # an empty attention row makes -inf on purpose

@@ -23,7 +23,7 @@ def results(name: str, root: pathlib.Path) -> dict:
     env = {
         **os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
-        "JAX_COMPILATION_CACHE_DIR": str(root / ".pytest_cache" / f"jax-{jax.__version__}"),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     done = subprocess.run(

@@ -63,10 +63,12 @@ def saved(out: Any) -> list[int]:
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
-    """Of a process of its own; compiled programs are shared through the cache on disk."""
+    """Of a process of its own. Such processes share compiled programs on disk with each other, not
+    with the tests' own: some are killed, maybe while they write an entry."""
     import jax
 
-    cache = ROOT / ".pytest_cache" / f"jax-{jax.__version__}"
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    cache = ROOT / ".pytest_cache" / f"jax-{jax.__version__}" / f"runs-{worker}"
     flags = "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
     return {
         **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
