@@ -69,6 +69,7 @@ def plot() -> None:
         axes.set_xticks(range(len(names)), names, rotation=20)
         axes.set_ylabel(f"{direction}\nTFLOP/s of visible pairs")
         if impls:
+            axes.set_ylim(top=1.18 * max(found.values()))  # room for the legend
             axes.legend(ncols=len(impls), fontsize="small")
     figure.suptitle(f"Attention, B = 1, {LENGTH} tokens, bf16, {device}: kernel time")
     figure.savefig(RESULTS / "bench_attention.png", dpi=120)
