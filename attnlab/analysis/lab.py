@@ -116,7 +116,7 @@ def candidates(
     """
     usual = [  # jax-triton cannot compile for a device that is not here
         n for n in OP.order[target.platform]
-        if n in OURS or n in tuning.SPACES and n != "triton"
+        if n in OURS or (n in tuning.SPACES and n != "triton")
     ]
     for name in names:
         if name not in OP.implementations:

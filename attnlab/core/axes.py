@@ -106,6 +106,14 @@ def current() -> tuple[Mesh, Rules] | None:
     return _context.get()
 
 
+def mesh_to_cut() -> Mesh | None:
+    """The mesh over whose devices arrays still have to be cut; None without one, on one device, and
+    inside ``shard_map``, where a device's part is at hand."""
+    context = _context.get()
+    mapped = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    return None if context is None or context[0].size == 1 or mapped else context[0]
+
+
 def cut(axis: str, size: int) -> tuple[str, ...]:
     """The mesh axes over which the enclosing ``sharding`` block cuts ``size`` entries of an axis.
 

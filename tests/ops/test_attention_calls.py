@@ -97,9 +97,9 @@ def test_a_missing_or_changed_tokamax_is_a_reason(monkeypatch):
         raise ImportError("cannot import name 'Mask'")
 
     monkeypatch.setattr(vendor, "_tokamax", gone)
-    vendor._broken_tokamax.cache_clear()
+    vendor.broken.cache_clear()
     assert "does not fit: cannot import name 'Mask'" in supports(CALL)
-    vendor._broken_tokamax.cache_clear()
+    vendor.broken.cache_clear()
 
 
 def test_tokamax_splash_is_a_peer_by_name(monkeypatch):
@@ -116,9 +116,9 @@ def test_tokamax_splash_is_a_peer_by_name(monkeypatch):
         raise ImportError("No module named 'tokamax'")
 
     monkeypatch.setattr(vendor_tokamax_splash, "_library", gone)
-    vendor_tokamax_splash._broken.cache_clear()
+    vendor.broken.cache_clear()
     assert "does not fit: No module named" in supports(call)
-    vendor_tokamax_splash._broken.cache_clear()
+    vendor.broken.cache_clear()
     assert not any("tokamax-splash" in names for names in OP.order.values())
     key = tuning.Key("tokamax-splash", "forward", 64, 64, 1, "bfloat16", 1024, 1024, "causal")
     with tuning.forcing({"k_transposed": 2}), pytest.raises(ConfigError, match="not one of"):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from attnlab.core.errors import UnsupportedError
-from attnlab.core.mask import Causal, Coords, MaskMod, Window
+from attnlab.core.mask import Causal, Coords, MaskMod, Segments, SinkTokens, Window
 from attnlab.core.mods import Mod
 from attnlab.core.versions import JAX
 from attnlab.ops.attention import gpu, reference
@@ -167,6 +167,60 @@ def test_values_by_query_and_key_compile(N, K, H, V):
 
     more = ((N, T, T), jnp.float32), ((T, T), jnp.bool_)
     assert compiled(gradients, *shapes, *more) is not None
+
+
+# What the interpreter does not see: a vector that is computed and not used has no layout, and the
+# compiler then searches for minutes and gives up. So each group of values, alone and with gradient.
+FUNCTIONS = {
+    "causal": {},
+    "slopes, fixed": dict(score=lambda e: lambda s, n, q, k: s + e[0][n] * (k - q), learned=False),
+    "slopes": dict(score=lambda e: lambda s, n, q, k: s + e[0][n] * (k - q)),
+    "rows and places": dict(
+        score=lambda e: lambda s, n, q, k, *, q_index, k_index: (
+            jnp.tanh(s) + e[1][n, q_index] + 0.1 * q + jnp.where(k < 9, e[1][n, k_index], 0.0)
+        ),
+    ),
+    "cap": dict(cap=30.0),
+    "T5": dict(score=lambda e: lambda s, n, q, k: s + e[2][n, jnp.clip(q - k, 0, 31)]),
+    "window, sinks": dict(mask=Causal() & (Window(200) | SinkTokens(4))),
+    "documents": dict(packed=True),
+    "documents, slopes": dict(
+        packed=True, score=lambda e: lambda s, n, q, k: s + e[0][n] * (k - q)
+    ),
+}
+
+
+@pytest.mark.aot
+@for_hopper
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("H", [64, 128])
+def test_functions_compile(name, H):
+    case = {"learned": True, "mask": Causal(), "cap": None} | FUNCTIONS[name]
+    T, N = 1000, 4
+    places = jnp.arange(T, dtype=jnp.int32)
+
+    def gradients(q, k, v, segments, positions, *extra):
+        packed = case.get("packed", False)
+        coords = Coords(positions, segments, places) if packed else Coords(
+            places[None], None, places
+        )
+        mask = (case["mask"] & Segments() if packed else case["mask"]).bound(1, N)
+
+        def loss(q, k, v, extra):
+            make = case.get("score")
+            mod = None if make is None else Mod.of(make(extra), score_dtype="float32").bound(1, N)
+            o, _ = gpu.forward(
+                q, k, v, mask=mask, score=mod, q_coords=coords, k_coords=coords, scale=H**-0.5,
+                sink_logits=None, logit_cap=case["cap"], return_lse=True,
+                softmax_dtype=jnp.dtype("float32"), layout="packed" if packed else "full",
+            )
+            return o.astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1, 2, 3) if case["learned"] else (0, 1, 2))(q, k, v, extra)
+
+    shapes = [((1, T, N, H), jnp.bfloat16)] * 3 + [((1, T), jnp.int32)] * 2
+    extra = [(x, jnp.float32) for x in ((N,), (N, T), (N, 32))]
+    assert compiled(gradients, *shapes, *extra) is not None
 
 
 @pytest.mark.aot

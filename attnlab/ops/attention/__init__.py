@@ -246,9 +246,8 @@ def _over_shards(forward, *arrays, mask, score, q_coords, k_coords, sink_logits,
             sink_logits=sink_logits, **static,
         )
 
-    context = axes.current()
-    mapped = bool(jax.sharding.get_abstract_mesh().manual_axes)
-    if context is None or context[0].size == 1 or mapped:
+    mesh = axes.mesh_to_cut()
+    if mesh is None:
         return part(carry, q, k, v, mask, score, q_coords, k_coords, sink_logits)
     batch, (heads, kv_heads) = axes.cut("batch", q.shape[0]), axes.cut_heads(q.shape[2], k.shape[2])
     if heads and not kv_heads:
@@ -263,7 +262,7 @@ def _over_shards(forward, *arrays, mask, score, q_coords, k_coords, sink_logits,
         carried, q_spec, kv_spec, kv_spec, mask.specs(batch, heads), mods, coords, coords, P(heads)
     )
     return jax.shard_map(
-        part, mesh=context[0], in_specs=specs, out_specs=(q_spec,) * (2 + len(carry)),
+        part, mesh=mesh, in_specs=specs, out_specs=(q_spec,) * (2 + len(carry)),
         check_vma=False,
     )(carry, q, k, v, mask, score, q_coords, k_coords, sink_logits)
 

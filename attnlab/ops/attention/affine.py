@@ -8,7 +8,7 @@ nothing. So the value of a body (``core.staging``) is kept as ::
 for as long as its steps are sums and products with numbers: ``cap * tanh(s * scale / cap) + slope *
 (k - q)`` takes two products and one sum a pair, in place of six operations. Factors meet before
 they meet the tile, and the difference of two places is no tile but a row and a column; both count
-from one place near the queries of the tile, so that the sum of the two rounds like their difference.
+from one place near the tile's queries, so that the sum of the two rounds like their difference.
 
 Softmax does not see what is added to a whole row. ``row`` is therefore left to the caller, who owes
 it to the log-sum-exp. In a mask, ``q - k >= c`` is one comparison of ``q`` with ``k + c``.

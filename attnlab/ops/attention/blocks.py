@@ -85,6 +85,14 @@ class BlockLists:
     def rows(self) -> int:
         return self.full.start.shape[2]
 
+    def longest_first(self) -> jax.Array:
+        """Rows by their number of tiles, so that the last programs to start are short: int32
+        ``[R]``."""
+        work = self.full.blocks + self.partial.blocks
+        if isinstance(work, np.ndarray):
+            return jnp.asarray(np.argsort(-work.sum((0, 1)), kind="stable").astype(np.int32))
+        return jnp.argsort(-work.sum((0, 1)), stable=True).astype(jnp.int32)
+
     def kinds(self, columns: int) -> np.ndarray:
         """The dense matrix of kinds ``[., ., R, columns]``, for tests."""
         out = np.zeros((*self.full.start.shape, columns), np.int8)

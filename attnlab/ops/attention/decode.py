@@ -186,8 +186,8 @@ def _over_shards(forward, q, k, v, lengths, pages, sink_logits, q_coords, k_coor
     whole to every shard of rows. Heads stay whole where the mesh does not cut queries and keys
     alike; a single key/value head goes to every device.
     """
-    context = axes.current()
-    if context is None or context[0].size == 1:
+    mesh = axes.mesh_to_cut()
+    if mesh is None:
         return forward(q, k, v, lengths, pages, sink_logits, q_coords, k_coords)
     batch, (heads, kv_heads) = axes.cut("batch", q.shape[0]), axes.cut_heads(q.shape[2], k.shape[2])
     coords: Any = Coords(P(batch), P(batch), P())  # type: ignore[arg-type] - specs in its shape
@@ -197,7 +197,7 @@ def _over_shards(forward, q, k, v, lengths, pages, sink_logits, q_coords, k_coor
     kv_spec = P(batch if pages is None else None, None, kv_heads)
     specs = (q_spec, kv_spec, kv_spec, P(batch), P(batch), P(heads), coords, coords)
     return jax.shard_map(
-        forward, mesh=context[0], in_specs=specs, out_specs=(q_spec, q_spec), check_vma=False
+        forward, mesh=mesh, in_specs=specs, out_specs=(q_spec, q_spec), check_vma=False
     )(q, k, v, lengths, pages, sink_logits, q_coords, k_coords)
 
 

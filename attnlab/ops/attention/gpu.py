@@ -212,8 +212,9 @@ def backward_configs(
 
     With a score function both are short of registers: smaller tiles, and turns only where it reads
     coordinates. Where the mask is more than causal (not ``light``) the kernel of wide heads is
-    faster for dq (window of 1024 and 4 sinks: 0.4 ms of 1.8). With values by query and key
-    (``dense``) in the mask both have the sizes of a score function; that was not measured.
+    faster for dq (window of 1024 and 4 sinks: 0.4 ms of 1.8; other masks were not measured). With
+    values by query and key (``dense``) in the mask both have the sizes of a score function; that
+    was not measured either.
     """
     from attnlab.ops.attention import gpu_widths
     from attnlab.ops.attention.gpu_backward import Config

@@ -33,7 +33,7 @@ from jax.custom_derivatives import SymbolicZero
 from attnlab.core.axes import vary
 from attnlab.core.errors import UnsupportedError
 from attnlab.ops.attention import gpu, gpu_backward, gpu_distance, gpu_widths
-from attnlab.ops.attention.blocks import BlockLists, block_lists
+from attnlab.ops.attention.blocks import block_lists
 from attnlab.ops.attention.gpu_plan import coordinates, handed_operands
 from attnlab.ops.attention.gpu_tiles import LOG2E
 
@@ -269,12 +269,4 @@ def _prepared(static: Static, config, handed, fixed, transposed: bool, wanted=()
         mask, q_coords, k_coords, block_q=config.block_q, block_k=config.block_k,
         layout=static.layout, transposed=transposed,
     )
-    return plan, jax.tree.map(jnp.asarray, lists), _longest_first(lists), operands
-
-
-def _longest_first(lists: BlockLists):
-    """Rows of tiles by their number of tiles, so that the last blocks to start are short."""
-    work = lists.full.blocks + lists.partial.blocks
-    if isinstance(work, np.ndarray):
-        return jnp.asarray(np.argsort(-work.sum((0, 1)), kind="stable").astype(np.int32))
-    return jnp.argsort(-work.sum((0, 1)), stable=True).astype(jnp.int32)
+    return plan, jax.tree.map(jnp.asarray, lists), lists.longest_first(), operands

@@ -64,7 +64,6 @@ class Plan:
                 out.append(("diagonals", "distances"))
         return (*out, *((name, COORDINATE_GROUPS[name]) for name in self.loaded))
 
-
     @functools.cached_property
     def ranks(self) -> dict[str, str]:
         """Rank of everything that a score function may read in a tile."""

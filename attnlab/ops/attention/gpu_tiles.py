@@ -122,32 +122,22 @@ class Tile:
         place = plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=LAYOUT)
         return place + (self.q0 if query else self.k0), "tile"
 
-    def real(self, name: str) -> tuple[Any, str]:
-        """A coordinate as float32, along its own axis only: a conversion costs four additions."""
+    def real(self, name: str, near: bool = False) -> tuple[Any, str]:
+        """A coordinate as float32, along its own axis only: a conversion costs four additions.
+        ``near``: counted from that of the tile's first query."""
         if name in self.plan.loaded:
             x, rank = self.coordinate(name)
+            if near:
+                ref = self.refs["q" + name[1:]]
+                x = x - ref[(*_lead(ref, self.b, self.n), self.q0)]
             return x.astype(jnp.float32), rank
         query = name.startswith("q")
         axis = self.q_axis if query else 1 - self.q_axis
         place = plgpu.broadcasted_iota(
             jnp.int32, (self.shape[axis],), 0, layout=LAYOUT.reduce(1 - axis)
         )
-        place = place + (self.q0 if query else self.k0)
-        return _as_float(place), "row" if query else "column"
-
-    def near(self, name: str) -> tuple[Any, str]:
-        """A coordinate as float32, counted from that of the tile's first query."""
-        query = name.startswith("q")
-        axis = self.q_axis if query else 1 - self.q_axis
-        if name in self.plan.loaded:
-            x, rank = self.coordinate(name)
-            ref = self.refs["q" + name[1:]]
-            first = ref[(*_lead(ref, self.b, self.n), self.q0)]
-            return (x - first).astype(jnp.float32), rank
-        place = plgpu.broadcasted_iota(
-            jnp.int32, (self.shape[axis],), 0, layout=LAYOUT.reduce(1 - axis)
-        )
-        return _as_float(place + (0 if query else self.k0 - self.q0)), "row" if query else "column"
+        first = self.q0 if query else self.k0
+        return _as_float(place + (first - self.q0 if near else first)), "row" if query else "column"
 
     def known(self, body: Body) -> dict[str, tuple[Any, str]]:
         """The coordinates that ``body`` reads."""
@@ -207,7 +197,7 @@ class Tile:
         for name in sorted(body.floats):
             real, near_by = f"float {name}", f"near {name}"
             known[real] = entry(real, lambda n=name: self.real(n), jnp.float32)
-            near[name] = entry(near_by, lambda n=name: self.near(n), jnp.float32)
+            near[name] = entry(near_by, lambda n=name: self.real(n, near=True), jnp.float32)
         for i, h in enumerate(body.handed):
             name = f"score{i}"
             read = functools.partial(self.operand, name, h.group)

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from attnlab.core.dispatch import Device, Implementation
 from attnlab.core.mask import Blocks, MaskMod, parts
 from attnlab.ops.attention import triton_mask, tuning
-from attnlab.ops.attention.blocks import BlockLists, Runs, block_lists
+from attnlab.ops.attention.blocks import Runs, block_lists
 from attnlab.ops.attention.triton_sizes import KINDS, NAMES, capability, padded
 
 HALF = ("bfloat16", "float16")
@@ -203,7 +203,7 @@ def _run(static: _Static, kernel, arrays, outs, blocks, end: str, fixed):
         CLAUSES=clauses.number, FLAGS=clauses.flags, PLACES=static.layout == "full",
         BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_H=padded(H), BLOCK_V=padded(V),
     )
-    given = [*arrays, _longest_first(lists)]
+    given = [*arrays, lists.longest_first()]
     for name, runs in (("FULL", lists.full), ("PARTIAL", lists.partial)):
         rows, listed = _packed(runs)
         given += [rows, listed]
@@ -223,14 +223,6 @@ def _packed(runs: Runs) -> tuple[jax.Array, jax.Array]:
     pairs = (runs.start, runs.number), (runs.first, runs.count)
     rows, listed = (jnp.asarray(stack([x[:, 0] for x in pair], -1)) for pair in pairs)
     return rows, listed
-
-
-def _longest_first(lists: BlockLists) -> jax.Array:
-    """Rows of tiles by their number of tiles, so that the last programs to start are short."""
-    work = lists.full.blocks + lists.partial.blocks
-    if isinstance(work, np.ndarray):
-        return jnp.asarray(np.argsort(-work.sum((0, 1)), kind="stable").astype(np.int32))
-    return jnp.argsort(-work.sum((0, 1)), stable=True).astype(jnp.int32)
 
 
 IMPLEMENTATION = Implementation("triton", supports, forward, partitions=False)

@@ -25,7 +25,7 @@ HALF = ("bfloat16", "float16")
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
-def _first(refusals: Iterable[tuple[bool, str]]) -> str | None:
+def first(refusals: Iterable[tuple[bool, str]]) -> str | None:
     return next((reason for refused, reason in refusals if refused), None)
 
 
@@ -66,7 +66,7 @@ def _cudnn_refuses(call) -> str | None:
         yield call.T % 2 > 0, f"T = {call.T} is odd"
         yield call.H % 8 > 0 or call.H > most, f"H = {call.H} is not a multiple of 8 up to {most}"
 
-    return _first(limits())
+    return first(limits())
 
 
 def cudnn(
@@ -95,18 +95,24 @@ def _tokamax_refuses(call) -> str | None:
         yield not causal and window is not None, "a window is served only under a causal mask"
         yield not causal and call.segments, "segments are served only under a causal mask"
         yield from _widths(call, 256)
-        yield importlib.util.find_spec("tokamax") is None, (
-            'tokamax is not installed (Python 3.12, pip install "attnlab[kernels]")'
-        )
-        yield _broken_tokamax()
+        yield from tokamax_limits(_tokamax)
 
-    return _first(limits())
+    return first(limits())
+
+
+def tokamax_limits(library):
+    """``(refused, reason)`` where tokamax, or what ``library()`` takes from it, is not there."""
+    yield importlib.util.find_spec("tokamax") is None, (
+        'tokamax is not installed (Python 3.12, pip install "attnlab[kernels]")'
+    )
+    yield broken(library)
 
 
 @functools.cache
-def _broken_tokamax() -> tuple[bool, str]:
+def broken(library) -> tuple[bool, str]:
+    """Whether ``library()`` fails, and why."""
     try:
-        _tokamax()
+        library()
     except (ImportError, AttributeError) as error:
         return True, f"the installed tokamax does not fit: {error}"
     return False, ""
@@ -141,18 +147,20 @@ def tokamax(
         mask=ranges(is_causal=causal, k_start=None if start is None else start[:, None]),
         logits_scale=scale, logits_soft_cap=logit_cap,
     )
-    return _no_padding(o, segments), None
+    return no_padding(o, segments), None
+
+
+def splash_limits(call):
+    """``(refused, reason)`` of both splashes."""
+    yield call.device.platform != "tpu", f"runs on TPUs, not on {call.device.platform}"
+    yield from _limits(call, ("bfloat16", "float32"), ("full", "packed"))
+    yield call.segments and call.layout != "packed", "segments need layout='packed'"
+    yield call.T % 128 > 0, f"T = {call.T} is not a multiple of 128"
+    yield from _widths(call, 576)
 
 
 def _splash_refuses(call) -> str | None:
-    def limits():
-        yield call.device.platform != "tpu", f"runs on TPUs, not on {call.device.platform}"
-        yield from _limits(call, ("bfloat16", "float32"), ("full", "packed"))
-        yield call.segments and call.layout != "packed", "segments need layout='packed'"
-        yield call.T % 128 > 0, f"T = {call.T} is not a multiple of 128"
-        yield from _widths(call, 576)
-
-    return _first(limits())
+    return first(splash_limits(call))
 
 
 def splash(
@@ -179,7 +187,7 @@ def splash(
     ids = None if segments is None else lib.SegmentIds(segments, k_coords.segments)
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     o: Any = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (scaled, k, v)), ids)
-    return _no_padding(o.swapaxes(1, 2), segments), None
+    return no_padding(o.swapaxes(1, 2), segments), None
 
 
 SPLASH_BLOCKS = {
@@ -224,7 +232,7 @@ def _splash_block_refuses(key: tuning.Key, blocks: tuning.Blocks) -> str | None:
             whole = blocks.get(name.removesuffix("_compute"), 0)
             yield whole % max(size, 1) > 0, f"{name} = {size} does not divide a block of {whole}"
 
-    return _first(limits())
+    return first(limits())
 
 
 def _splash_tile(role: str, blocks: tuning.Blocks) -> tuning.Tile:
@@ -237,7 +245,7 @@ tuning.register("splash", tuning.Space(
 ))
 
 
-def _no_padding(o, segments):
+def no_padding(o, segments):
     """Zero the rows of segment 0, which the kernels let see each other; their gradient follows."""
     return o if segments is None else jnp.where(segments[:, :, None, None] > 0, o, 0)
 

@@ -8,8 +8,8 @@ refusal with that reason.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import importlib
+import itertools
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from attnlab.core.dispatch import Implementation
 from attnlab.core.mask import plain
 from attnlab.ops.attention import tuning
-from attnlab.ops.attention.vendor import _first, _limits, _no_padding, _widths
+from attnlab.ops.attention.vendor import first, no_padding, splash_limits, tokamax_limits
 
 BLOCKS = {
     "forward": ("block_q", "block_kv", "block_kv_compute", "k_transposed", "other_scheduler"),
@@ -29,27 +29,7 @@ FLAGS = {"k_transposed": (0, 1), "other_scheduler": (0, 1), "dq_steps": (0, 3)}
 
 
 def _refuses(call) -> str | None:
-    def limits():
-        yield call.device.platform != "tpu", f"runs on TPUs, not on {call.device.platform}"
-        yield from _limits(call, ("bfloat16", "float32"), ("full", "packed"))
-        yield call.segments and call.layout != "packed", "segments need layout='packed'"
-        yield call.T % 128 > 0, f"T = {call.T} is not a multiple of 128"
-        yield from _widths(call, 576)
-        yield importlib.util.find_spec("tokamax") is None, (
-            'tokamax is not installed (Python 3.12, pip install "attnlab[kernels]")'
-        )
-        yield _broken()
-
-    return _first(limits())
-
-
-@functools.cache
-def _broken() -> tuple[bool, str]:
-    try:
-        _library()
-    except (ImportError, AttributeError) as error:
-        return True, f"the installed tokamax does not fit: {error}"
-    return False, ""
+    return first(itertools.chain(splash_limits(call), tokamax_limits(_library)))
 
 
 def _library() -> tuple[Any, Any]:
@@ -94,7 +74,7 @@ def forward(
     ids = None if segments is None else lib.SegmentIds(segments, k_coords.segments)
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     o: Any = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (scaled, k, v)), ids)
-    return _no_padding(o.swapaxes(1, 2), segments), None
+    return no_padding(o.swapaxes(1, 2), segments), None
 
 
 def _default(key: tuning.Key) -> tuning.Blocks:
@@ -132,7 +112,7 @@ def _block_refuses(key: tuning.Key, blocks: tuning.Blocks) -> str | None:
             whole = blocks.get(name.removesuffix("_compute"), 0)
             yield whole % max(size, 1) > 0, f"{name} = {size} does not divide a block of {whole}"
 
-    return _first(limits())
+    return first(limits())
 
 
 def _tile(role: str, blocks: tuning.Blocks) -> tuning.Tile:
