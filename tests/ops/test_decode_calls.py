@@ -10,7 +10,7 @@ import pytest
 
 from attnlab.core.dispatch import Device
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError, UnsupportedError
-from attnlab.ops.attention import decode_gpu
+from attnlab.ops.attention import decode_gpu, hopper
 from attnlab.ops.attention.decode import OP, Call, decode, decode_names
 
 H200 = Device("gpu", "NVIDIA H200")
@@ -36,16 +36,16 @@ CALL = Call(
     ],
 )
 def test_what_the_kernel_serves(changes, reason, monkeypatch):
-    monkeypatch.setattr(decode_gpu, "JAX", (0, 11, 2))
+    monkeypatch.setattr(hopper, "JAX", (0, 11, 2))
     found = decode_gpu.supports(dataclasses.replace(CALL, **changes))
     assert found is None if reason is None else reason in found
 
 
 def test_an_old_jax_is_a_reason(monkeypatch):
-    monkeypatch.setattr(decode_gpu, "JAX", (0, 10, 2))
+    monkeypatch.setattr(hopper, "JAX", (0, 10, 2))
     assert "needs jax >= 0.11.2 (Mosaic GPU), this is 0.10.2" in decode_gpu.supports(CALL)
     assert [v.name for v in OP.report(CALL) if v.chosen] == ["xla"]
-    assert decode_gpu.cores("NVIDIA H20") == 78 and decode_gpu.cores("NVIDIA H200") == 132
+    assert hopper.cores("NVIDIA H20") == 78 and hopper.cores("NVIDIA H200") == 132
 
 
 def test_names_of_implementations():

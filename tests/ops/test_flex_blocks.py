@@ -54,6 +54,28 @@ def visits(lists, columns: int) -> np.ndarray:
     return out
 
 
+def read_by_rows(lists, columns: int) -> np.ndarray:
+    """The same from ``BlockLists.work``, as the Hopper kernels walk it; longest rows first."""
+    work = np.asarray(lists.work())
+    out = np.full((*work.shape[:3], columns), -1, np.int8)
+    tiles = work[..., 1].sum((0, 1))
+    assert (np.diff(tiles) <= 0).all(), "a row comes before a longer one"
+    for b, n, r in np.ndindex(work.shape[:3]):
+        row, tiles, *entries = work[b, n, r]
+        assert (out[b, n, row] == -1).all(), "a row is done twice"
+        out[b, n, row] = NONE
+        pairs = ((FULL, lists.full, entries[:4]), (PARTIAL, lists.partial, entries[4:]))
+        for kind, runs, (start, number, first, count) in pairs:
+            at = [i if size > 1 else 0 for i, size in zip((b, n), runs.first.shape[:2])]
+            for e in range(number):
+                out[b, n, row, first : first + count] = kind
+                tiles -= count
+                after = start + min(e + 1, number - 1)
+                first, count = (int(np.asarray(x)[*at, after]) for x in (runs.first, runs.count))
+        assert tiles == 0
+    return out
+
+
 def dense_kinds(seen: np.ndarray, block_q: int, block_k: int, S: int) -> tuple:
     """``(any, all)`` of each tile; a tile that reaches past the last key is never full."""
     T = seen.shape[2]
@@ -98,6 +120,9 @@ def check(mask, where, layout, T, S, block_q, block_k, exact=False):
         )
         kinds = visits(lists, some.shape[2 if transposed else 3])
         np.testing.assert_array_equal(kinds, lists.kinds(kinds.shape[-1]))
+        np.testing.assert_array_equal(*np.broadcast_arrays(
+            kinds, read_by_rows(lists, kinds.shape[-1])
+        ))
         kinds = np.broadcast_to(kinds.swapaxes(2, 3) if transposed else kinds, some.shape)
         assert (kinds[some] != NONE).all(), "a tile is lost"
         assert every[kinds == FULL].all(), "a tile that is not full is listed as full"

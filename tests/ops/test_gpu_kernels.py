@@ -6,6 +6,7 @@ What the interpreter cannot see (registers, shared memory, layouts) is compiled 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -17,7 +18,7 @@ from attnlab.core.dispatch import Device
 from attnlab.core.mask import Blocks, Causal, Coords, Full, MaskMod, Segments, SinkTokens, Window
 from attnlab.core.mods import Mod
 from attnlab.core.versions import JAX
-from attnlab.ops.attention import Call, gpu, reference
+from attnlab.ops.attention import Call, gpu, gpu_backward_wide, gpu_work, reference
 
 pytestmark = pytest.mark.skipif(JAX < (0, 11, 2), reason="Mosaic GPU kernels need jax >= 0.11.2")
 
@@ -172,6 +173,40 @@ def test_interpreted(name):
         error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6)
         most = case.get("slope_error", 1e-2) if "slope" in where else 1e-2
         assert error < most, f"{name} {where}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("name, blocks, ahead", [
+    ("causal 128", 3, True), ("window, sinks, empty rows", 2, True), ("packed", 3, True),
+    ("packed", 3, False), ("values by query and key, absent tiles", 3, True), ("blocks", 5, True),
+    ("256", 1, True),
+])
+def test_persistent_blocks_change_nothing(name, blocks, ahead, monkeypatch):
+    """Fewer blocks that take the rows in turn give the bits of a block a row, without races.
+
+    ahead: the forward kernel loads queries beside the row before.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    forward = functools.partial(gpu.forward, interpret=interpret)
+    expected = run(forward, CASES[name], exact=False)
+    monkeypatch.setattr(gpu_work, "cores", lambda kind: blocks)
+    sizes, backward = gpu.forward_config, gpu.backward_configs
+
+    def persistent(config):
+        wide_kv = isinstance(config, gpu_backward_wide.Config) and config.block_k == 128
+        return config if wide_kv else dataclasses.replace(config, persistent=True)
+
+    monkeypatch.setattr(
+        gpu, "forward_config",
+        lambda *given: dataclasses.replace(sizes(*given), persistent=True, ahead=ahead),
+    )
+    monkeypatch.setattr(
+        gpu, "backward_configs", lambda *given: tuple(map(persistent, backward(*given)))
+    )
+    found = run(forward, CASES[name], exact=False)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (np.asarray(a) == np.asarray(b)).all()
 
 
 H200 = Device("gpu", "NVIDIA H200")

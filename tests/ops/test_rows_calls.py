@@ -30,7 +30,7 @@ from attnlab.core.errors import ConfigError, DtypeError, ImplementationError, Sh
 from attnlab.core.mask import Blocks, Causal, MaskMod, Prefix, Segments, Window
 from attnlab.core.mods import Mod
 from attnlab.core.versions import JAX
-from attnlab.ops.attention import OP, attention, gpu, plan, reference, tpu, tpu_blocks
+from attnlab.ops.attention import OP, attention, gpu, hopper, plan, reference, tpu, tpu_blocks
 from attnlab.ops.attention.packed_rows import every_row
 from attnlab.ops.attention.rows import attention_rows
 
@@ -119,7 +119,7 @@ def test_the_tpu_kernels_interpreted(monkeypatch):
 )
 @pytest.mark.parametrize("device", [Device("gpu", "NVIDIA H200"), Device("tpu", "TPU v5 lite")])
 def test_what_the_kernels_serve(mod, groups, reason, device, monkeypatch):
-    monkeypatch.setattr(gpu, "JAX", (0, 11, 2))
+    monkeypatch.setattr(hopper, "JAX", (0, 11, 2))
     kernel = dataclasses.replace(OP.implementations[device.platform], forward=reference.forward)
     monkeypatch.setitem(OP.implementations, device.platform, kernel)
     N, T = 2 * groups, 256

@@ -88,10 +88,27 @@ class BlockLists:
     def longest_first(self) -> jax.Array:
         """Rows by their number of tiles, so that the last programs to start are short: int32
         ``[R]``."""
-        work = self.full.blocks + self.partial.blocks
-        if isinstance(work, np.ndarray):
-            return jnp.asarray(np.argsort(-work.sum((0, 1)), kind="stable").astype(np.int32))
-        return jnp.argsort(-work.sum((0, 1)), stable=True).astype(jnp.int32)
+        return jnp.asarray(self._order(self._module()))
+
+    def work(self) -> jax.Array:
+        """What a kernel must know of a row, in one place: int32 ``[., ., R, 10]``, rows in the
+        order of ``longest_first``. Columns: row, tiles, then of the full and of the partial runs
+        start, number, first and count of the first run."""
+        xp = self._module()
+        columns = [xp.arange(self.rows)[None, None], self.full.blocks + self.partial.blocks]
+        for runs in (self.full, self.partial):
+            at = xp.minimum(runs.start, runs.first.shape[-1] - 1)
+            columns += [runs.start, runs.number]
+            columns += [xp.take_along_axis(x, at, -1) for x in (runs.first, runs.count)]
+        table = xp.stack(xp.broadcast_arrays(*columns), -1)
+        return jnp.asarray(table[:, :, self._order(xp)].astype(np.int32))
+
+    def _module(self) -> Any:
+        return np if isinstance(self.full.start, np.ndarray) else jnp
+
+    def _order(self, xp: Any) -> Any:
+        work = (self.full.blocks + self.partial.blocks).sum((0, 1))
+        return xp.argsort(-work, stable=True).astype(np.int32)
 
     def kinds(self, columns: int) -> np.ndarray:
         """The dense matrix of kinds ``[., ., R, columns]``, for tests."""

@@ -22,10 +22,9 @@ import jax.numpy as jnp
 from attnlab.core.dispatch import Device, Implementation
 from attnlab.core.mask import Mask, SinkTokens, Window
 from attnlab.core.mask import parts as mask_parts
-from attnlab.core.versions import JAX
+from attnlab.ops.attention import hopper
 
 HALF = ("bfloat16", "float16")
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 ROWS = 64  # (token, head) rows of a tile
 WIDTHS = (64, 128, 192, 256)
 PRODUCER_REGISTERS = 40  # a thread of the warpgroup that copies
@@ -37,9 +36,7 @@ def supports(call) -> str | None:
 
 
 def _limits(call):
-    hopper = call.device.platform == "gpu" and any(n in call.device.kind for n in HOPPER)
-    yield not hopper, f"runs on Hopper GPUs, not on {call.device.platform} {call.device.kind!r}"
-    yield JAX < (0, 11, 2), f"needs jax >= 0.11.2 (Mosaic GPU), this is {'.'.join(map(str, JAX))}"
+    yield from hopper.limits(call.device)
     yield call.dtype not in HALF, f"dtype is {call.dtype}, served: {', '.join(HALF)}"
     yield call.cache_dtype != call.dtype, (
         f"the cache is {call.cache_dtype} and q is {call.dtype}: served where they agree"
@@ -70,12 +67,6 @@ class Config:
     stages: int = 4
     consumers: int = 2
     registers: int = 232
-
-
-def cores(kind: str) -> int:
-    """Multiprocessors of a GPU: one part of the work each."""
-    few = {"H20": 78, "H100 PCIe": 114}
-    return next((n for name, n in few.items() if kind.endswith(name)), 132)
 
 
 def config(H: int, V: int) -> Config:
@@ -173,7 +164,7 @@ def forward(
     G = N // K
     sizes = config(H, V) if sizes is None else sizes
     tile, tasks = sizes.tile, -(-t * G // ROWS)  # tasks of a row and key/value head
-    parts = cores(Device.default().kind) if splits is None else int(splits)
+    parts = hopper.cores(Device.default().kind) if splits is None else int(splits)
     window = next((p.size for p in mask_parts(mask) if isinstance(p, Window)), None)
     sinks = next((p.count for p in mask_parts(mask) if isinstance(p, SinkTokens)), 0)
     plan = work(

@@ -16,11 +16,10 @@ from attnlab.core.axes import vary
 from attnlab.core.dispatch import Implementation
 from attnlab.core.mask import Blocks, Causal, Full, MaskMod, conjuncts, parts
 from attnlab.core.staging import Body, split, values
-from attnlab.core.versions import JAX
+from attnlab.ops.attention import hopper
 from attnlab.ops.attention.pairs import capped, pair_mod, runs_mod
 
 HALF = ("bfloat16", "float16")
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 MASK_GROUPS = ("heads", "rows", "columns", "dense")
 MOST_GRADIENT = 2**33  # bytes of the gradients of values by query and key, 4 B N T S each
 # What Mosaic GPU has no lowering for.
@@ -51,9 +50,7 @@ def _wide(call) -> bool:
 
 
 def _limits(call):
-    hopper = call.device.platform == "gpu" and any(n in call.device.kind for n in HOPPER)
-    yield not hopper, f"runs on Hopper GPUs, not on {call.device.platform} {call.device.kind!r}"
-    yield JAX < (0, 11, 2), f"needs jax >= 0.11.2 (Mosaic GPU), this is {'.'.join(map(str, JAX))}"
+    yield from hopper.limits(call.device)
     yield call.dtype not in HALF, f"dtype is {call.dtype}, served: {', '.join(HALF)}"
     yield call.softmax_dtype != "float32", f"softmax is float32 only, not {call.softmax_dtype}"
     yield call.H > 576 or call.V > 512, (

@@ -101,12 +101,8 @@ def _run(static: Static, q, k, v, handed, fixed, *, sink=None, **how):
     widths = q.shape[-1], v.shape[-1]
     config = gpu.forward_config(*widths, static.value_is_prefix, static.dense)
     kernel: Any = gpu_widths.forward_of(config)
-    plan, lists, order, operands = _prepared(
-        static, config, handed, fixed, False, whole="state" in how
-    )
-    out = kernel(
-        plan, config, q, k, v, sink, lists, order, operands, interpret=static.interpret, **how
-    )
+    plan, lists, operands = _prepared(static, config, handed, fixed, False, whole="state" in how)
+    out = kernel(plan, config, q, k, v, sink, lists, operands, interpret=static.interpret, **how)
     return _as_varying(tuple(out), q)
 
 
@@ -203,10 +199,10 @@ def _gradients(static, asked: _Asked, q, k, v, do, base2, delta, handed, fixed, 
     rows, columns = gpu_widths.backward_of(*configs)
 
     def run(kernel, config, transposed):
-        plan, lists, order, operands = _prepared(
+        plan, lists, operands = _prepared(
             static, config, handed, fixed, transposed, asked.handed
         )
-        out = kernel(plan, config, q, k, v, do, base2, delta, lists, order, operands,
+        out = kernel(plan, config, q, k, v, do, base2, delta, lists, operands,
                      interpret=static.interpret)
         return plan, operands, _as_varying(out, q)
 
@@ -255,7 +251,7 @@ def _like(x, given, whole: bool = False):
 
 
 def _prepared(static: Static, config, handed, fixed, transposed: bool, wanted=(), whole=False):
-    """Plan, lists, order of work and operands of a kernel."""
+    """Plan, lists and operands of a kernel."""
     seen, mask, q_coords, k_coords = fixed
     plan = static.make(
         block_q=config.block_q, block_k=config.block_k, transposed=transposed, wanted=wanted,
@@ -269,4 +265,4 @@ def _prepared(static: Static, config, handed, fixed, transposed: bool, wanted=()
         mask, q_coords, k_coords, block_q=config.block_q, block_k=config.block_k,
         layout=static.layout, transposed=transposed,
     )
-    return plan, jax.tree.map(jnp.asarray, lists), lists.longest_first(), operands
+    return plan, lists, operands

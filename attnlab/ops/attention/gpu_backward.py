@@ -27,11 +27,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attnlab.ops.attention import gpu_work
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_dense import clear_absent
-from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, total, visit
+from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, tiled
 from attnlab.ops.attention.gpu_plan import Plan
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Tile
+from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Tile, varying_zero
 from attnlab.ops.attention.pairs import with_plain_sums
 
 COLUMN = LAYOUT.reduce(0)
@@ -42,7 +43,8 @@ ROW_GROUPS = ("heads", "rows", "distances")
 class Config:
     """Sizes of a backward kernel; see ``gpu_forward.Config``.
 
-    turns: whether the two warpgroups take turns on the tensor cores or run as they come.
+    Args:
+        turns: whether the two warpgroups take turns on the tensor cores or run as they come.
     """
 
     block_q: int
@@ -50,6 +52,7 @@ class Config:
     stages: int
     registers: int = 232
     turns: bool = True
+    persistent: bool = False
 
 
 def asked(plan: Plan, groups: tuple[str, ...]) -> tuple[int, ...]:
@@ -193,7 +196,7 @@ def _take_apart(refs, counts):
 
 
 def grad_q(
-    plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, order, operands, *,
+    plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, operands, *,
     interpret: Any = None,
 ):
     """``dq[B, T, N, H]`` and, as many as ``row_vectors(plan)`` says, fp32 sums over the keys
@@ -206,61 +209,60 @@ def grad_q(
     block_k, stages = config.block_k, config.stages
     names = [name for name, _ in plan.names]
     totals = row_vectors(plan)
-    leaves, tree = jax.tree.flatten(lists)
-    inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
+    items = B * N * rows
+    blocks = gpu_work.blocks(items, config.persistent)
+    inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     tables = gradient_tables(plan, B, N)
     outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * totals, *tables]
 
     def kernel(*refs):
-        (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
-            _take_apart(refs, (7, len(leaves), len(names), len(outs)))
+        (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref), listed, given, results = _take_apart(
+            refs, (6, gpu_work.GIVEN, len(names), len(outs))
         )
-        block_lists = jax.tree.unflatten(tree, listed)
+        listed = gpu_work.Listed(listed)
         table_refs = results[len(results) - len(tables) :]
         operand_refs = dict(zip(names, given, strict=True))
 
-        def scoped(q_smem, do_smem, k_smem, v_smem, staging, q_bar, kv_bar, free, turn):
-            wg, step_id = lax.axis_index("wg"), lax.axis_index("tile")
-            bn, r = lax.div(step_id, rows), lax.rem(step_id, rows)
-            b, n = lax.div(bn, N), lax.rem(bn, N)
-            row = order_ref[r]
-            full, partial = block_lists.full, block_lists.partial
-            tiles = total(full, b, n, row) + total(partial, b, n, row)
+        def scoped(q_smem, do_smem, k_smem, v_smem, staging, q_bar, kv_bar, free, turn, *box):
+            wg = lax.axis_index("wg")
+            queue = gpu_work.Queue((B, N, rows), blocks, *box, interpret)
+
+            def load_queries(item):
+                b, n, r = queue.place(item)
+                at = (b, pl.ds(listed.index(b, n, r) * config.block_q + wg * WIDTH, WIDTH), n)
+                plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[wg], q_bar.at[wg])
+                plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[wg], q_bar.at[wg])
 
             def swap_turns():
                 if config.turns:
                     plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(turn)
 
-            @pl.when(wg < COMPUTE)
-            def _compute():
-                if interpret is None:
-                    plgpu.set_max_registers(config.registers, action="increase")
-                q0 = row * config.block_q + wg * WIDTH
+            def grad(_, item, pull, it):
+                b, n, r = queue.place(item)
+                row = listed.row(b, n, r)
+                q0, end = row.index * config.block_q + wg * WIDTH, it + row.tiles
                 at = (b, pl.ds(q0, WIDTH), n)
-                plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[wg], q_bar.at[wg])
-                plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[wg], q_bar.at[wg])
                 vector = (b, n, pl.ds(q0, WIDTH))
                 lse, delta = (
                     plgpu.load(x.at[vector], layout=ROW, optimized=False)
                     for x in (lse_ref, delta_ref)
                 )
                 plgpu.barrier_wait(q_bar.at[wg])
-                here = Tile(plan, operand_refs, b, n, q0, 0, (WIDTH, block_k)).hold()
-                pl.when(tiles > 0)(lambda: plgpu.barrier_wait(kv_bar.at[0]))
+                held = Tile(plan, operand_refs, b, n, q0, 0, (WIDTH, block_k)).hold()
+                pl.when(row.tiles > 0)(lambda: plgpu.barrier_wait(kv_bar.at[lax.rem(it, stages)]))
                 pl.when(wg == 1)(swap_turns)
 
                 def step(j, carry, masked):
                     dq, sums, it = carry
-                    slot = lax.rem(it, stages)
+                    slot, mine = lax.rem(it, stages), wg + varying_zero(j)
                     shape = (WIDTH, block_k)
-
-                    tile = dataclasses.replace(here, k0=j * block_k)
+                    tile = dataclasses.replace(held, k0=j * block_k)
 
                     def scope(s_ref, dp_ref):
-                        plgpu.wgmma(s_ref, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
-                        plgpu.wgmma(dp_ref, do_smem.at[wg], v_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(s_ref, q_smem.at[mine], k_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp_ref, do_smem.at[mine], v_smem.at[slot].transpose((1, 0)))
                         early = tile.fetched(masked)
                         swap_turns()
                         return s_ref[...], dp_ref[...], early
@@ -276,15 +278,15 @@ def grad_q(
                     (dq,) = _add_products((dq,), (narrow,), (k_smem.at[slot],), staging, wg)
                     plgpu.barrier_arrive(free.at[slot])
                     after = lax.rem(it + 1, stages)
-                    pl.when(it + 1 < tiles)(lambda: plgpu.barrier_wait(kv_bar.at[after]))
+                    pl.when(it + 1 < end)(lambda: plgpu.barrier_wait(kv_bar.at[after]))
                     return dq, sums, it + 1
 
                 carry = (
                     _zeros((WIDTH, H), LAYOUT),
-                    tuple(_zeros((WIDTH,), ROW) for _ in range(totals)), jnp.int32(0),
+                    tuple(_zeros((WIDTH,), ROW) for _ in range(totals)), it,
                 )
-                carry = visit(full, b, n, row, lambda j, c: step(j, c, False), carry)
-                dq, sums, _ = visit(partial, b, n, row, lambda j, c: step(j, c, True), carry)
+                carry = row.full.visit(lambda j, c: step(j, c, False), carry)
+                dq, sums, it = row.partial.visit(lambda j, c: step(j, c, True), carry)
                 pl.when(wg == 0)(swap_turns)
                 q_smem[wg] = (dq * plan.scale).astype(dtype)
                 plgpu.commit_smem()
@@ -292,12 +294,14 @@ def grad_q(
                 for out, x in zip(results[1 : 1 + len(sums)], sums, strict=True):
                     out[vector] = x
                 plgpu.wait_smem_to_gmem(0)
+                after = pull()
+                if queue.persistent:
+                    pl.when(after < items)(lambda: load_queries(after))
+                return after, it
 
-            @pl.when(wg == COMPUTE)
-            def _copy():
-                if interpret is None:
-                    plgpu.set_max_registers(40, action="decrease")
-                kv = lax.div(n, G)
+            def copy_keys(item, it):
+                b, n, r = queue.place(item)
+                row, kv = listed.row(b, n, r), lax.div(n, G)
 
                 def fetch(j, it):
                     slot = lax.rem(it, stages)
@@ -307,10 +311,22 @@ def grad_q(
                     plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[slot], kv_bar.at[slot])
                     return it + 1
 
-                it = visit(full, b, n, row, fetch, jnp.int32(0))
-                it = visit(partial, b, n, row, fetch, it)
-                clear_absent(table_refs, block_lists, b, n, row, LAYOUT)
-                drain(free, it, stages)
+                it = row.partial.visit(fetch, row.full.visit(fetch, it))
+                clear_absent(table_refs, row, b, n, (config.block_q, block_k), LAYOUT)
+                return it
+
+            @pl.when(wg < COMPUTE)
+            def _compute():
+                if interpret is None:
+                    plgpu.set_max_registers(config.registers, action="increase")
+                load_queries(lax.axis_index("tile"))
+                queue.compute(grad, jnp.int32(0))
+
+            @pl.when(wg == COMPUTE)
+            def _copy():
+                if interpret is None:
+                    plgpu.set_max_registers(40, action="decrease")
+                gpu_work.drain(free, queue.copy(copy_keys, jnp.int32(0)), stages)
 
         pl.run_scoped(
             scoped,
@@ -321,14 +337,15 @@ def grad_q(
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE),
+            *gpu_work.spaces(blocks < items, COMPUTE),
             collective_axes="wg",
         )
 
-    return _launch(kernel, outs, B * N * rows, inputs, interpret)
+    return _launch(kernel, outs, blocks, inputs, interpret)
 
 
 def grad_kv(
-    plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, order, operands, *,
+    plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, operands, *,
     interpret: Any = None,
 ):
     """``dk[B, S, K, H]``, ``dv[B, S, K, V]`` and, for each score of ``asked(plan, ("columns",))``,
@@ -339,8 +356,9 @@ def grad_kv(
     block_q, stages = config.block_q, config.stages
     names = [name for name, _ in plan.names]
     wanted = asked(plan, ("columns",))
-    leaves, tree = jax.tree.flatten(lists)
-    inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
+    items = B * K * rows
+    blocks = gpu_work.blocks(items, config.persistent)
+    inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_k), jnp.float32)
     outs = [
         jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype),
@@ -348,51 +366,48 @@ def grad_kv(
     ]
 
     def kernel(*refs):
-        (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
-            _take_apart(refs, (7, len(leaves), len(names), len(outs)))
+        (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref), listed, given, results = _take_apart(
+            refs, (6, gpu_work.GIVEN, len(names), len(outs))
         )
-        block_lists = jax.tree.unflatten(tree, listed)
+        listed = gpu_work.Listed(listed)
         operand_refs = dict(zip(names, given, strict=True))
 
         def scoped(k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, staging, kv_bar, q_bar,
-                   free, turn):
-            wg, step_id = lax.axis_index("wg"), lax.axis_index("tile")
-            bk, r = lax.div(step_id, rows), lax.rem(step_id, rows)
-            b, kv = lax.div(bk, K), lax.rem(bk, K)
-            row = order_ref[r]
-            full, partial = block_lists.full, block_lists.partial
+                   free, turn, *box):
+            wg = lax.axis_index("wg")
+            queue = gpu_work.Queue((B, K, rows), blocks, *box, interpret)
 
-            def count(g, carry):
-                n = kv * G + g
-                return carry + total(full, b, n, row) + total(partial, b, n, row)
-
-            tiles = lax.fori_loop(0, G, count, jnp.int32(0))
+            def load_keys(item):
+                b, kv, r = queue.place(item)
+                k0 = listed.index(b, kv * G, r) * config.block_k + wg * WIDTH
+                at = (b, pl.ds(k0, WIDTH), kv)
+                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[wg], kv_bar.at[wg])
+                plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[wg], kv_bar.at[wg])
 
             def swap_turns():
                 if config.turns:
                     plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(turn)
 
-            @pl.when(wg < COMPUTE)
-            def _compute():
-                if interpret is None:
-                    plgpu.set_max_registers(config.registers, action="increase")
-                k0 = row * config.block_k + wg * WIDTH
+            def grad(_, item, pull, it):
+                b, kv, r = queue.place(item)
+                k0 = listed.index(b, kv * G, r) * config.block_k + wg * WIDTH
                 at = (b, pl.ds(k0, WIDTH), kv)
-                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[wg], kv_bar.at[wg])
-                plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[wg], kv_bar.at[wg])
+                end = it + lax.fori_loop(
+                    0, G, lambda g, total: total + listed.tiles(b, kv * G + g, r), jnp.int32(0)
+                )
                 plgpu.barrier_wait(kv_bar.at[wg])
-                pl.when(tiles > 0)(lambda: plgpu.barrier_wait(q_bar.at[0]))
+                pl.when(end > it)(lambda: plgpu.barrier_wait(q_bar.at[lax.rem(it, stages)]))
                 pl.when(wg == 1)(swap_turns)
                 shape = (WIDTH, block_q)
 
                 def step(i, carry, masked, here):
                     dk, dv, sums, it = carry
-                    slot = lax.rem(it, stages)
+                    slot, mine = lax.rem(it, stages), wg + varying_zero(i)
 
                     def scope(s_ref, dp_ref):
-                        plgpu.wgmma(s_ref, k_smem.at[wg], q_smem.at[slot].transpose((1, 0)))
-                        plgpu.wgmma(dp_ref, v_smem.at[wg], do_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(s_ref, k_smem.at[mine], q_smem.at[slot].transpose((1, 0)))
+                        plgpu.wgmma(dp_ref, v_smem.at[mine], do_smem.at[slot].transpose((1, 0)))
                         swap_turns()
                         return s_ref[...], dp_ref[...]
 
@@ -424,7 +439,7 @@ def grad_kv(
                     dv, dk = _add_products((dv, dk), left, right, staging, wg)
                     plgpu.barrier_arrive(free.at[slot])
                     after = lax.rem(it + 1, stages)
-                    pl.when(it + 1 < tiles)(lambda: plgpu.barrier_wait(q_bar.at[after]))
+                    pl.when(it + 1 < end)(lambda: plgpu.barrier_wait(q_bar.at[after]))
                     return dk, dv, sums, it + 1
 
                 def head(g, carry):
@@ -432,18 +447,16 @@ def grad_kv(
                     dk, dv, it = carry
                     carry = (dk, dv, tuple(_zeros((WIDTH,), ROW) for _ in wanted), it)
                     here = Tile(plan, operand_refs, b, n, 0, k0, shape, q_axis=1).hold()
-                    for runs, masked in ((full, False), (partial, True)):
-                        carry = visit(
-                            runs, b, n, row,
-                            lambda i, c, masked=masked: step(i, c, masked, here), carry,
-                        )
+                    row = listed.row(b, n, r)
+                    carry = row.full.visit(lambda i, c: step(i, c, False, here), carry)
+                    carry = row.partial.visit(lambda i, c: step(i, c, True, here), carry)
                     dk, dv, sums, it = carry
                     for out, x in zip(results[2:], sums, strict=True):
                         out[b, n, pl.ds(k0, WIDTH)] = x
                     return dk, dv, it
 
-                carry = _zeros((WIDTH, H), LAYOUT), _zeros((WIDTH, V), LAYOUT), jnp.int32(0)
-                dk, dv, _ = lax.fori_loop(0, G, head, carry)
+                carry = _zeros((WIDTH, H), LAYOUT), _zeros((WIDTH, V), LAYOUT), it
+                dk, dv, it = lax.fori_loop(0, G, head, carry)
                 pl.when(wg == 0)(swap_turns)
                 k_smem[wg] = (dk * plan.scale).astype(dtype)
                 v_smem[wg] = dv.astype(dtype)
@@ -451,11 +464,13 @@ def grad_kv(
                 plgpu.copy_smem_to_gmem(k_smem.at[wg], results[0].at[at])
                 plgpu.copy_smem_to_gmem(v_smem.at[wg], results[1].at[at])
                 plgpu.wait_smem_to_gmem(0)
+                after = pull()
+                if queue.persistent:
+                    pl.when(after < items)(lambda: load_keys(after))
+                return after, it
 
-            @pl.when(wg == COMPUTE)
-            def _copy():
-                if interpret is None:
-                    plgpu.set_max_registers(40, action="decrease")
+            def copy_queries(item, it):
+                b, kv, r = queue.place(item)
 
                 def fetch(i, it, n):
                     slot = lax.rem(it, stages)
@@ -470,11 +485,24 @@ def grad_kv(
 
                 def head(g, it):
                     n = kv * G + g
-                    for runs in (full, partial):
-                        it = visit(runs, b, n, row, lambda i, c: fetch(i, c, n), it)
-                    return it
+                    row = listed.row(b, n, r)
+                    it = row.full.visit(lambda i, c: fetch(i, c, n), it)
+                    return row.partial.visit(lambda i, c: fetch(i, c, n), it)
 
-                drain(free, lax.fori_loop(0, G, head, jnp.int32(0)), stages)
+                return lax.fori_loop(0, G, head, it)
+
+            @pl.when(wg < COMPUTE)
+            def _compute():
+                if interpret is None:
+                    plgpu.set_max_registers(config.registers, action="increase")
+                load_keys(lax.axis_index("tile"))
+                queue.compute(grad, jnp.int32(0))
+
+            @pl.when(wg == COMPUTE)
+            def _copy():
+                if interpret is None:
+                    plgpu.set_max_registers(40, action="decrease")
+                gpu_work.drain(free, queue.copy(copy_queries, jnp.int32(0)), stages)
 
         pl.run_scoped(
             scoped,
@@ -486,10 +514,11 @@ def grad_kv(
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE),
+            *gpu_work.spaces(blocks < items, COMPUTE),
             collective_axes="wg",
         )
 
-    return _launch(kernel, outs, B * K * rows, inputs, interpret)
+    return _launch(kernel, outs, blocks, inputs, interpret)
 
 
 def _launch(kernel, outs, blocks: int, inputs, interpret):

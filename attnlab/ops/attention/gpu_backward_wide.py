@@ -38,6 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attnlab.ops.attention import gpu_work
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_backward import (
     _add_products,
@@ -48,9 +49,9 @@ from attnlab.ops.attention.gpu_backward import (
     row_vectors,
 )
 from attnlab.ops.attention.gpu_dense import clear_absent
-from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
+from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, tiled
 from attnlab.ops.attention.gpu_plan import Plan
-from attnlab.ops.attention.gpu_tiles import LAYOUT, WIDTH, Tile
+from attnlab.ops.attention.gpu_tiles import LAYOUT, WIDTH, Tile, varying_zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Config:
         block_q, block_k: tokens of a tile of the block lists. stages: tiles of keys (dq) or of
             queries (dk, dv) in flight. stages_v: tiles of values in flight (dq).
         cluster: the two blocks of a row of keys share what they load (dk, dv). turns: the two
-            warpgroups take turns on the tensor cores (dq) or run as they come.
+            warpgroups take turns on the tensor cores (dq) or run as they come. persistent:
+            see ``gpu_forward.Config`` (dq).
     """
 
     block_q: int
@@ -71,10 +73,11 @@ class Config:
     cluster: bool = True
     turns: bool = True
     registers: int = 232
+    persistent: bool = False
 
 
 def grad_q(
-    plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, order, operands, *,
+    plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, operands, *,
     interpret: Any = None,
 ):
     """See ``gpu_backward.grad_q``."""
@@ -84,40 +87,42 @@ def grad_q(
     block_k, stages, stages_v = config.block_k, config.stages, config.stages_v
     names = [name for name, _ in plan.names]
     totals = row_vectors(plan)
-    leaves, tree = jax.tree.flatten(lists)
-    inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
+    items = B * N * rows
+    blocks = gpu_work.blocks(items, config.persistent)
+    inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     tables = gradient_tables(plan, B, N)
     outs = [jax.ShapeDtypeStruct(q.shape, dtype), *[sums] * totals, *tables]
 
     def kernel(*refs):
-        (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
-            _take_apart(refs, (7, len(leaves), len(names), len(outs)))
+        (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref), listed, given, results = _take_apart(
+            refs, (6, gpu_work.GIVEN, len(names), len(outs))
         )
-        block_lists = jax.tree.unflatten(tree, listed)
+        listed = gpu_work.Listed(listed)
         table_refs = results[len(results) - len(tables) :]
         operand_refs = dict(zip(names, given, strict=True))
 
         def scoped(q_smem, do_smem, k_smem, v_smem, staging, q_bar, k_bar, v_bar, k_free, v_free,
-                   turn):
-            wg, step_id = lax.axis_index("wg"), lax.axis_index("tile")
-            bn, r = lax.div(step_id, rows), lax.rem(step_id, rows)
-            b, n = lax.div(bn, N), lax.rem(bn, N)
-            row = order_ref[r]
-            full, partial = block_lists.full, block_lists.partial
+                   turn, *box):
+            wg = lax.axis_index("wg")
+            queue = gpu_work.Queue((B, N, rows), blocks, *box, interpret)
 
             def swap_turns():
                 if config.turns:
                     plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(turn)
 
-            def compute(me: int):
-                if interpret is None:
-                    plgpu.set_max_registers(config.registers, action="increase")
-                q0 = row * config.block_q + me * WIDTH
-                at = (b, pl.ds(q0, WIDTH), n)
+            def load_queries(item, me: int):
+                b, n, r = queue.place(item)
+                at = (b, pl.ds(listed.index(b, n, r) * config.block_q + me * WIDTH, WIDTH), n)
                 plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[me], q_bar.at[me])
                 plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[me], q_bar.at[me])
+
+            def grad(me: int, item, pull, it):
+                b, n, r = queue.place(item)
+                row = listed.row(b, n, r)
+                q0 = row.index * config.block_q + me * WIDTH
+                at = (b, pl.ds(q0, WIDTH), n)
                 vector = (b, n, pl.ds(q0, WIDTH))
                 lse, delta = (
                     plgpu.load(x.at[vector], layout=ROW, optimized=False)
@@ -171,10 +176,10 @@ def grad_q(
 
                 carry = (
                     _zeros((WIDTH, H), LAYOUT),
-                    tuple(_zeros((WIDTH,), ROW) for _ in range(totals)), jnp.int32(0),
+                    tuple(_zeros((WIDTH,), ROW) for _ in range(totals)), it,
                 )
-                carry = visit(full, b, n, row, lambda j, c: step(j, c, False), carry)
-                dq, sums, _ = visit(partial, b, n, row, lambda j, c: step(j, c, True), carry)
+                carry = row.full.visit(lambda j, c: step(j, c, False), carry)
+                dq, sums, it = row.partial.visit(lambda j, c: step(j, c, True), carry)
                 if me == 0:
                     swap_turns()
                 q_smem[me] = (dq * plan.scale).astype(dtype)
@@ -183,15 +188,23 @@ def grad_q(
                 for out, x in zip(results[1 : 1 + totals], sums, strict=True):
                     out[vector] = x
                 plgpu.wait_smem_to_gmem(0)
+                after = pull()
+                if queue.persistent:
+                    pl.when(after < items)(lambda: load_queries(after, me))
+                return after, it
+
+            def compute(me: int):
+                if interpret is None:
+                    plgpu.set_max_registers(config.registers, action="increase")
+                load_queries(lax.axis_index("tile"), me)
+                queue.compute(lambda _, *work: grad(me, *work), jnp.int32(0))
 
             for me in range(COMPUTE):
                 pl.when(wg == me)(lambda me=me: compute(me))
 
-            @pl.when(wg == COMPUTE)
-            def _copy():
-                if interpret is None:
-                    plgpu.set_max_registers(24, action="decrease")
-                kv = lax.div(n, G)
+            def copy_keys(item, it):
+                b, n, r = queue.place(item)
+                row, kv = listed.row(b, n, r), lax.div(n, G)
 
                 def fetch(j, it):
                     at = (b, pl.ds(j * block_k, block_k), kv)
@@ -206,10 +219,17 @@ def grad_q(
                         plgpu.copy_gmem_to_smem(source.at[at], target.at[slot], bar.at[slot])
                     return it + 1
 
-                it = visit(partial, b, n, row, fetch, visit(full, b, n, row, fetch, jnp.int32(0)))
-                clear_absent(table_refs, block_lists, b, n, row, LAYOUT)
-                drain(k_free, it, stages)
-                drain(v_free, it, stages_v)
+                it = row.partial.visit(fetch, row.full.visit(fetch, it))
+                clear_absent(table_refs, row, b, n, (config.block_q, block_k), LAYOUT)
+                return it
+
+            @pl.when(wg == COMPUTE)
+            def _copy():
+                if interpret is None:
+                    plgpu.set_max_registers(24, action="decrease")
+                it = queue.copy(copy_keys, jnp.int32(0))
+                gpu_work.drain(k_free, it, stages)
+                gpu_work.drain(v_free, it, stages_v)
 
         pl.run_scoped(
             scoped,
@@ -222,19 +242,11 @@ def grad_q(
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages_v),
             plgpu.Barrier(num_arrivals=COMPUTE),
+            *gpu_work.spaces(blocks < items, COMPUTE),
             collective_axes="wg",
         )
 
-    return launch(kernel, outs, (B * N * rows,), inputs, interpret)
-
-
-def varying_zero(j):
-    """0, for any tile ``j``, in a form that changes in the loop for all the compiler knows.
-
-    As part of the place of an operand that stays put it keeps the descriptors of all its slices,
-    32 registers for 256 columns, from being computed before the loop and kept.
-    """
-    return jnp.minimum(j, 0)
+    return launch(kernel, outs, (blocks,), inputs, interpret)
 
 
 def launch(kernel, outs, grid, inputs, interpret, cluster: bool = False):

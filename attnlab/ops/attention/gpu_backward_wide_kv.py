@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attnlab.ops.attention import gpu_work
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_backward import (
     COLUMN,
@@ -23,16 +24,16 @@ from attnlab.ops.attention.gpu_backward import (
     asked,
     pull_scores,
 )
-from attnlab.ops.attention.gpu_backward_wide import Config, launch, varying_zero
-from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit
+from attnlab.ops.attention.gpu_backward_wide import Config, launch
+from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, tiled
 from attnlab.ops.attention.gpu_plan import Plan
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Tile
+from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Tile, varying_zero
 
 HALVES = 2
 
 
 def grad_kv(
-    plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, order, operands, *,
+    plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, operands, *,
     interpret: Any = None,
 ):
     """See ``gpu_backward.grad_kv``; tiles of the lists have ``block_k = 128`` keys."""
@@ -43,8 +44,7 @@ def grad_kv(
     shared = config.cluster and interpret is None
     names = [name for name, _ in plan.names]
     wanted = asked(plan, ("columns",))
-    leaves, tree = jax.tree.flatten(lists)
-    inputs = [q, k, v, do, lse, delta, order, *leaves, *operands]
+    inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_k), jnp.float32)
     outs = [
         jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype),
@@ -53,10 +53,10 @@ def grad_kv(
     shape = (WIDTH, block_q)
 
     def kernel(*refs):
-        (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, order_ref), listed, given, results = (
-            _take_apart(refs, (7, len(leaves), len(names), len(outs)))
+        (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref), listed, given, results = _take_apart(
+            refs, (6, gpu_work.GIVEN, len(names), len(outs))
         )
-        block_lists = jax.tree.unflatten(tree, listed)
+        listed = gpu_work.Listed(listed)
         operand_refs = dict(zip(names, given, strict=True))
 
         def scoped(k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, sent, staging, kv_bar,
@@ -64,8 +64,7 @@ def grad_kv(
             wg, step_id = lax.axis_index("wg"), lax.axis_index("tile")
             bk, r = lax.div(step_id, rows), lax.rem(step_id, rows)
             b, kv = lax.div(bk, K), lax.rem(bk, K)
-            row = order_ref[r]
-            k0 = row * config.block_k + lax.axis_index("half") * WIDTH
+            k0 = listed.index(b, kv * G, r) * config.block_k + lax.axis_index("half") * WIDTH
             at = (b, pl.ds(k0, WIDTH), kv)
 
             def walk(step, carry, opened=lambda c: c, closed=lambda n, c: c):
@@ -73,13 +72,9 @@ def grad_kv(
 
                 def head(g, carry):
                     n = kv * G + g
-                    carry = opened(carry)
-                    for runs, masked in ((block_lists.full, False), (block_lists.partial, True)):
-                        carry = visit(
-                            runs, b, n, row,
-                            lambda i, c, masked=masked: step(i, c, masked, n), carry,
-                        )
-                    return closed(n, carry)
+                    row = listed.row(b, n, r)
+                    carry = row.full.visit(lambda i, c: step(i, c, False, n), opened(carry))
+                    return closed(n, row.partial.visit(lambda i, c: step(i, c, True, n), carry))
 
                 return lax.fori_loop(0, G, head, carry)
 
@@ -221,7 +216,7 @@ def grad_kv(
 
                 it = walk(fetch, jnp.int32(0))
                 for free in (q_free, do_free, vector_free):
-                    drain(free, it, stages)
+                    gpu_work.drain(free, it, stages)
 
         def freed():
             if not shared:

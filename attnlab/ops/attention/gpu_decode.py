@@ -28,8 +28,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.ops.attention.decode_gpu import PRODUCER_REGISTERS, ROWS, Static, Work
-from attnlab.ops.attention.gpu_forward import ROW, drain, tiled
+from attnlab.ops.attention.gpu_forward import ROW, tiled
 from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER
+from attnlab.ops.attention.gpu_work import drain
 
 COLUMN = LAYOUT.reduce(0)
 LANES = 128  # threads of a warpgroup: rows of pieces take whole multiples of them

@@ -32,44 +32,38 @@ def operand(x: jax.Array, dtype: str, block_q: int, block_k: int, transposed: bo
     return x.swapaxes(2, 3) if transposed else x
 
 
-def clear_absent(tables: Any, lists: Any, b: Any, n: Any, row: Any, layout: Any) -> None:
-    """Zeros in the tiles of a row that its lists do not name, in every reference of ``tables``.
+def clear_absent(tables: Any, row: Any, b: Any, n: Any, blocks: Any, layout: Any) -> None:
+    """Zeros in the tiles (of ``blocks`` queries and keys) that a ``gpu_work.Row`` does not visit,
+    in every reference of ``tables``.
 
     Runs of both kinds are ascending and apart from each other: they are walked together.
     """
     if not tables:
         return
-    block_q, block_k = lists.block_q, lists.block_k
-    columns = tables[0].shape[-1] // block_k
-    kinds = []
-    for runs in (lists.full, lists.partial):
-        lead = (b if runs.start.shape[0] > 1 else 0, n if runs.start.shape[1] > 1 else 0)
-        start = runs.start[*lead, row]
-        kinds.append((runs, lead, start, start + runs.number[*lead, row]))
+    columns = tables[0].shape[-1] // blocks[1]
 
     def zero(j, carry):
-        here = pl.ds(row * block_q, block_q), pl.ds(j * block_k, block_k)
+        here = [pl.ds(i * size, size) for i, size in zip((row.index, j), blocks, strict=True)]
         for table in tables:
-            none = jnp.full((block_q, block_k), 0, jnp.float32)
+            none = jnp.full(blocks, 0, jnp.float32)
             table[b, n, *here] = plgpu.layout_cast(none, layout)
         return carry
 
     def step(_, carry):
-        place, *at = carry
+        place, *done = carry
         found = []
-        for (runs, lead, _, high), e in zip(kinds, at, strict=True):
-            e, inside = jnp.minimum(e, runs.first.shape[-1] - 1), e < high
-            first, count = runs.first[*lead, e], runs.count[*lead, e]
-            found.append((jnp.where(inside, first, columns), count))
+        for runs, e in zip((row.full, row.partial), done, strict=True):
+            at = runs.start + jnp.minimum(e, jnp.maximum(runs.number - 1, 0))
+            first, count = runs.at(jnp.minimum(at, runs.firsts.shape[-1] - 1))
+            found.append((jnp.where(e < runs.number, first, columns), count))
         (full, full_count), (partial, partial_count) = found
         one = full < partial
         first = jnp.where(one, full, partial)
         lax.fori_loop(place, first, zero, jnp.int32(0))
         place = first + jnp.where(one, full_count, partial_count)
         one = one.astype(jnp.int32)
-        return place, at[0] + one, at[1] + 1 - one
+        return place, done[0] + one, done[1] + 1 - one
 
-    number = sum(high - low for _, _, low, high in kinds)
-    start = jnp.int32(0), *(low for _, _, low, _ in kinds)
-    place, *_ = lax.fori_loop(0, number, step, start)
+    number = row.full.number + row.partial.number
+    place, *_ = lax.fori_loop(0, number, step, (jnp.int32(0),) * 3)
     lax.fori_loop(place, columns, zero, jnp.int32(0))

@@ -26,9 +26,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attnlab.ops.attention.blocks import BlockLists, Runs
+from attnlab.ops.attention import gpu_work
+from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_plan import Plan
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, WIDTH, Tile, load
+from attnlab.ops.attention.gpu_tiles import (
+    LAYOUT,
+    LOG2E,
+    NEVER,
+    WIDTH,
+    Tile,
+    load,
+    varying_zero,
+)
 
 ROW = LAYOUT.reduce(1)
 COMPUTE = 2  # warpgroups
@@ -36,12 +45,20 @@ COMPUTE = 2  # warpgroups
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the forward kernel. stages: tiles of keys and values in flight."""
+    """Sizes of the forward kernel.
+
+    Args:
+        block_q, block_k: tokens of a tile. stages: tiles of keys and values in flight.
+        persistent: blocks take one row of tiles after the other, see ``gpu_work``. ahead: they
+            load the queries of the next row beside this one's.
+    """
 
     block_q: int
     block_k: int
     stages: int
     registers: int = 232
+    persistent: bool = False
+    ahead: bool = True
 
 
 def tiled(dtype, *shape) -> Any:
@@ -49,30 +66,6 @@ def tiled(dtype, *shape) -> Any:
     return plgpu.SMEM(
         shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     )
-
-
-def visit(runs: Runs, b, n, row, step, carry):
-    """``carry = step(tile, carry)`` over the tiles of a row, in order."""
-    b, n = (b if runs.start.shape[0] > 1 else 0), (n if runs.start.shape[1] > 1 else 0)
-    start, number = runs.start[b, n, row], runs.number[b, n, row]
-
-    def run(e, carry):
-        first, count = runs.first[b, n, e], runs.count[b, n, e]
-        return lax.fori_loop(0, count, lambda i, c: step(first + i, c), carry)
-
-    return lax.fori_loop(start, start + number, run, carry)
-
-
-def drain(free, used, stages: int):
-    """Wait until the consumers have freed every slot of a ring that was ``used`` so many times."""
-    for slot in range(stages):
-        pl.when(used > slot)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
-
-
-def total(runs: Runs, b, n, row):
-    """Tiles in a row."""
-    b, n = (b if runs.start.shape[0] > 1 else 0), (n if runs.start.shape[1] > 1 else 0)
-    return runs.blocks[b, n, row]
 
 
 def with_offset(tile: Tile, m, l):
@@ -87,14 +80,13 @@ def with_offset(tile: Tile, m, l):
 
 
 def forward(
-    plan: Plan, config: Config, q, k, v, sink, lists: BlockLists, order, operands, *,
+    plan: Plan, config: Config, q, k, v, sink, lists: BlockLists, operands, *,
     state: bool = False, carry: Any = None, interpret: Any = None,
 ):
     """``(o, lse)`` of ``q[B, T, N, H]``, ``k[B, S, K, H]``, ``v[B, S, K, V]``.
 
     Args:
-        sink: float32 ``[N]`` or None. order: int32 ``[rows]``, rows of tiles, longest first.
-        operands: one array an entry of ``plan.names``.
+        sink: float32 ``[N]`` or None. operands: one array an entry of ``plan.names``.
         state: return the state of ``core.softmax`` instead, without a sink. carry: the state to go
             on from, or None: ``(o, m, l)`` as returned.
 
@@ -108,46 +100,60 @@ def forward(
     G, rows = N // K, lists.rows
     block_k, stages, dtype = config.block_k, config.stages, q.dtype
     names = [name for name, _ in plan.names]
-    leaves, tree = jax.tree.flatten(lists)
+    items = B * N * rows
+    blocks = gpu_work.blocks(items, config.persistent)
+    buffers = 2 if config.ahead and blocks < items else 1
     vector = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     outs = [jax.ShapeDtypeStruct((B, T, N, V), dtype), vector]
     if state:
         outs = [jax.ShapeDtypeStruct((B, vector.shape[2], N, V), jnp.float32), vector, vector]
     before = [] if carry is None else list(carry)
-    inputs = [q, k, v, *before, *([] if sink is None else [sink]), order, *leaves, *operands]
+    sinks = [] if sink is None else [sink]
+    inputs = [q, k, v, *before, *sinks, *gpu_work.given(lists), *operands]
 
     def kernel(*refs):
         ins, results = list(refs[: len(inputs)]), refs[len(inputs) :]
         q_ref, k_ref, v_ref, *carried = ins[: 3 + len(before)]
         del ins[: 3 + len(before)]
         sink_ref = None if sink is None else ins.pop(0)
-        order_ref = ins.pop(0)
-        block_lists = jax.tree.unflatten(tree, ins[: len(leaves)])
-        operand_refs = dict(zip(names, ins[len(leaves) :], strict=True))
+        listed = gpu_work.Listed(ins[: gpu_work.GIVEN])
+        operand_refs = dict(zip(names, ins[gpu_work.GIVEN :], strict=True))
 
         def scoped(qo_smem, k_smem, v_smem, lse_smem, p_smem, q_bar, k_bar, v_bar, k_free, v_free,
-                   turn):
+                   turn, *box):
             q_smem, o_smem = (qo_smem, qo_smem) if H == V else qo_smem
             wg = lax.axis_index("wg")
-            step_id = lax.axis_index("tile")
-            bn, r = lax.div(step_id, rows), lax.rem(step_id, rows)
-            b, n = lax.div(bn, N), lax.rem(bn, N)
-            row = order_ref[r]
-            full, partial = block_lists.full, block_lists.partial
-            tiles = total(full, b, n, row) + total(partial, b, n, row)
+            queue = gpu_work.Queue((B, N, rows), blocks, *box, interpret)
 
             def swap_turns():
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
-            @pl.when(wg < COMPUTE)
-            def _compute():
-                if interpret is None:
-                    plgpu.set_max_registers(config.registers, action="increase")
-                q0 = row * config.block_q + wg * WIDTH
-                mine, result = (x.at[wg, pl.ds(0, WIDTH)] for x in (q_smem, o_smem))
-                plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(q0, WIDTH), n], mine, q_bar.at[wg])
-                plgpu.barrier_wait(q_bar.at[wg])
+            def load_queries(item, buffer):
+                b, n, r = queue.place(item)
+                q0 = listed.index(b, n, r) * config.block_q + wg * WIDTH
+                here = buffer * COMPUTE + wg
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[b, pl.ds(q0, WIDTH), n], q_smem.at[here, pl.ds(0, WIDTH)],
+                    q_bar.at[here],
+                )
+
+            def attend(count, item, pull, it):
+                b, n, r = queue.place(item)
+                row = listed.row(b, n, r)
+                buffer = lax.rem(count, buffers)
+                here = buffer * COMPUTE + wg
+                q0, end = row.index * config.block_q + wg * WIDTH, it + row.tiles
+
+                def load_next(buffer):
+                    """Load the queries of the next row over an output that is written by then."""
+                    after = pull()
+                    if queue.persistent:
+                        plgpu.wait_smem_to_gmem(0)
+                        pl.when(after < items)(lambda: load_queries(after, buffer))
+                    return after
+
+                plgpu.barrier_wait(q_bar.at[here])
                 m = plgpu.layout_cast(jnp.full((WIDTH,), NEVER, jnp.float32), ROW)
                 l = plgpu.layout_cast(jnp.full((WIDTH,), 0, jnp.float32), ROW)
                 acc = plgpu.layout_cast(jnp.full((WIDTH, V), 0, jnp.float32), LAYOUT)
@@ -159,14 +165,15 @@ def forward(
                         )
                     )
                     m = jnp.maximum(m * LOG2E, NEVER)
-                here = Tile(plan, operand_refs, b, n, q0, 0, (WIDTH, block_k)).hold()
-                pl.when(tiles > 0)(lambda: plgpu.barrier_wait(k_bar.at[0]))
+                held = Tile(plan, operand_refs, b, n, q0, 0, (WIDTH, block_k)).hold()
+                pl.when(row.tiles > 0)(lambda: plgpu.barrier_wait(k_bar.at[lax.rem(it, stages)]))
                 pl.when(wg == 1)(swap_turns)
 
                 def step(j, carry, masked):
                     acc, m, l, it = carry
                     slot = lax.rem(it, stages)
-                    tile = dataclasses.replace(here, k0=j * block_k)
+                    tile = dataclasses.replace(held, k0=j * block_k)
+                    mine = q_smem.at[here + varying_zero(j), pl.ds(0, WIDTH)]
 
                     def multiply(ref):
                         plgpu.wgmma(ref, mine, k_smem.at[slot].transpose((1, 0)))
@@ -199,7 +206,7 @@ def forward(
 
                     def wait_next():
                         after = lax.rem(it + 1, stages)
-                        pl.when(it + 1 < tiles)(lambda: plgpu.barrier_wait(k_bar.at[after]))
+                        pl.when(it + 1 < end)(lambda: plgpu.barrier_wait(k_bar.at[after]))
 
                     if interpret is None:
 
@@ -221,17 +228,21 @@ def forward(
                     plgpu.barrier_arrive(v_free.at[slot])
                     return acc, m, l, it + 1
 
-                carry = (acc, m, l, jnp.int32(0))
-                carry = visit(full, b, n, row, lambda j, c: step(j, c, False), carry)
-                carry = visit(partial, b, n, row, lambda j, c: step(j, c, True), carry)
-                acc, m, l, _ = carry
+                carry = row.full.visit(lambda j, c: step(j, c, False), (acc, m, l, it))
+                after = load_next(1 - buffer) if buffers > 1 else None
+                acc, m, l, it = row.partial.visit(lambda j, c: step(j, c, True), carry)
                 pl.when(wg == 0)(swap_turns)
                 if state:
                     m = jnp.where(m <= NEVER, -jnp.inf, m * (1 / LOG2E))
                     for ref, at, x in zip(results, (matrix, line, line), (acc, m, l), strict=True):
                         ref[at] = x
-                    return
-                m, l, factor = with_offset(here, m, l)
+                else:
+                    store(held, acc, m, l, o_smem.at[here, pl.ds(0, WIDTH)], matrix, line)
+                return (load_next(0) if after is None else after), it
+
+            def store(tile, acc, m, l, result, matrix, line):
+                m, l, factor = with_offset(tile, m, l)
+                n = tile.n
                 if sink_ref is not None:
                     logit = sink_ref[n] * LOG2E
                     top = jnp.maximum(m, logit)
@@ -247,13 +258,18 @@ def forward(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(result, results[0].at[matrix])
                 plgpu.copy_smem_to_gmem(lse_smem.at[wg], results[1].at[line])
+
+            @pl.when(wg < COMPUTE)
+            def _compute():
+                if interpret is None:
+                    plgpu.set_max_registers(config.registers, action="increase")
+                load_queries(lax.axis_index("tile"), 0)
+                queue.compute(attend, jnp.int32(0))
                 plgpu.wait_smem_to_gmem(0)
 
-            @pl.when(wg == COMPUTE)
-            def _copy():
-                if interpret is None:
-                    plgpu.set_max_registers(40, action="decrease")
-                kv = lax.div(n, G)
+            def copy_keys(item, it):
+                b, n, r = queue.place(item)
+                row, kv = listed.row(b, n, r), lax.div(n, G)
 
                 def fetch(j, it):
                     slot = lax.rem(it, stages)
@@ -264,15 +280,20 @@ def forward(
                     plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[slot], v_bar.at[slot])
                     return it + 1
 
-                it = visit(full, b, n, row, fetch, jnp.int32(0))
-                it = visit(partial, b, n, row, fetch, it)
-                drain(k_free, it, stages)
-                drain(v_free, it, stages)
+                return row.partial.visit(fetch, row.full.visit(fetch, it))
+
+            @pl.when(wg == COMPUTE)
+            def _copy():
+                if interpret is None:
+                    plgpu.set_max_registers(40, action="decrease")
+                it = queue.copy(copy_keys, jnp.int32(0))
+                gpu_work.drain(k_free, it, stages)
+                gpu_work.drain(v_free, it, stages)
 
         # o takes the place of q, warpgroup by warpgroup: both must take the same room in it.
         unit = math.lcm(8 * H, 8 * V)
         room = -(-WIDTH * max(H, V) // unit) * unit
-        q_space, o_space = (tiled(dtype, COMPUTE, room // w, w) for w in (H, V))
+        q_space, o_space = (tiled(dtype, buffers * COMPUTE, room // w, w) for w in (H, V))
         staged_p = tiled(dtype, COMPUTE, WIDTH, block_k) if interpret is not None else None
         pl.run_scoped(
             scoped,
@@ -281,12 +302,13 @@ def forward(
             tiled(dtype, stages, block_k, V),
             plgpu.SMEM((COMPUTE, WIDTH), jnp.float32),
             staged_p,
-            plgpu.Barrier(num_barriers=COMPUTE),
+            plgpu.Barrier(num_barriers=buffers * COMPUTE),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE),
+            *gpu_work.spaces(blocks < items, COMPUTE),
             collective_axes="wg",
         )
 
@@ -294,7 +316,7 @@ def forward(
     return plgpu.kernel(
         kernel,
         out_type=outs,
-        grid=(B * N * rows,),
+        grid=(blocks,),
         grid_names=("tile",),
         num_threads=COMPUTE + 1,
         thread_name="wg",

@@ -34,12 +34,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attnlab.ops.attention import gpu_work
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_backward import _take_apart, _zeros
-from attnlab.ops.attention.gpu_backward_wide import launch, varying_zero
-from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, drain, tiled, visit, with_offset
+from attnlab.ops.attention.gpu_backward_wide import launch
+from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, tiled, with_offset
 from attnlab.ops.attention.gpu_plan import Plan
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, WIDTH, Tile
+from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, WIDTH, Tile, varying_zero
 
 HALVES = 2
 
@@ -64,7 +65,7 @@ class Config:
 
 
 def forward(
-    plan: Plan, config: Config, q, k, v, sink, lists: BlockLists, order, operands, *,
+    plan: Plan, config: Config, q, k, v, sink, lists: BlockLists, operands, *,
     interpret: Any = None,
 ):
     """See ``gpu_forward.forward``; V is a multiple of 128."""
@@ -76,22 +77,21 @@ def forward(
     shared = config.cluster and interpret is None
     shape = (WIDTH, block_k)
     names = [name for name, _ in plan.names]
-    leaves, tree = jax.tree.flatten(lists)
     outs = [
         jax.ShapeDtypeStruct((B, T, N, V), dtype),
         jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32),
     ]
-    tensors = [q, k, *([] if prefix else [v]), *([] if sink is None else [sink]), order]
-    inputs = [*tensors, *leaves, *operands]
+    tensors = [q, k, *([] if prefix else [v]), *([] if sink is None else [sink])]
+    inputs = [*tensors, *gpu_work.given(lists), *operands]
 
     def kernel(*refs):
         ins, listed, given, (o_ref, lse_ref) = _take_apart(
-            refs, (len(tensors), len(leaves), len(names), len(outs))
+            refs, (len(tensors), gpu_work.GIVEN, len(names), len(outs))
         )
-        q_ref, k_ref, *ins, order_ref = ins
+        q_ref, k_ref, *ins = ins
         v_ref = None if prefix else ins.pop(0)
         sink_ref = ins[0] if ins else None
-        block_lists = jax.tree.unflatten(tree, listed)
+        listed = gpu_work.Listed(listed)
         operand_refs = dict(zip(names, given, strict=True))
 
         def scoped(qo_smem, k_smem, v_smem, p_smem, factor_smem, lse_smem, q_bar, k_bar, v_bar,
@@ -100,9 +100,8 @@ def forward(
             wg, step_id = lax.axis_index("wg"), lax.axis_index("tile")
             bn, r = lax.div(step_id, rows), lax.rem(step_id, rows)
             b, n = lax.div(bn, N), lax.rem(bn, N)
-            row = order_ref[r]
-            q0 = row * config.block_q + lax.axis_index("half") * WIDTH
-            full, partial = block_lists.full, block_lists.partial
+            row = listed.row(b, n, r)
+            q0 = row.index * config.block_q + lax.axis_index("half") * WIDTH
 
             def rescaled(acc, factor):
                 return acc * lax.broadcast_in_dim(factor, acc.shape, (0,))
@@ -180,8 +179,8 @@ def forward(
                     plgpu.layout_cast(jnp.full((WIDTH,), NEVER, jnp.float32), ROW),
                     _zeros((WIDTH,), ROW), jnp.int32(0),
                 )
-                carry = visit(full, b, n, row, lambda j, c: step(j, c, False), carry)
-                acc, m, l, it = visit(partial, b, n, row, lambda j, c: step(j, c, True), carry)
+                carry = row.full.visit(lambda j, c: step(j, c, False), carry)
+                acc, m, l, it = row.partial.visit(lambda j, c: step(j, c, True), carry)
                 m, l, factor = with_offset(here, m, l)
                 if sink_ref is not None:
                     logit = sink_ref[n] * LOG2E
@@ -215,7 +214,7 @@ def forward(
                     return add_values(rescaled(acc, received()), it, 1), it + 1
 
                 carry = _zeros((WIDTH, half), LAYOUT), jnp.int32(0)
-                acc, _ = visit(partial, b, n, row, step, visit(full, b, n, row, step, carry))
+                acc, _ = row.partial.visit(step, row.full.visit(step, carry))
                 finished(acc, received(), 1)
 
             @pl.when(wg == COMPUTE)
@@ -241,9 +240,9 @@ def forward(
                         )
                     return it + 1
 
-                it = visit(partial, b, n, row, fetch, visit(full, b, n, row, fetch, jnp.int32(0)))
+                it = row.partial.visit(fetch, row.full.visit(fetch, jnp.int32(0)))
                 for *_, free, size in rings:
-                    drain(free, it, size)
+                    gpu_work.drain(free, it, size)
 
         def free(arrivals: int, size: int):
             if not shared:

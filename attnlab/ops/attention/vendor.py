@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from attnlab.core.dispatch import Implementation
 from attnlab.core.mask import plain
 from attnlab.ops.attention import tuning
+from attnlab.ops.attention.hopper import is_hopper
 
 HALF = ("bfloat16", "float16")
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def first(refusals: Iterable[tuple[bool, str]]) -> str | None:
@@ -48,17 +48,13 @@ def _widths(call, most: int):
         )
 
 
-def _hopper(call) -> bool:
-    return any(name in call.device.kind for name in HOPPER)
-
-
 def _cudnn_refuses(call) -> str | None:
     def limits():
         nvidia = call.device.platform == "gpu" and "NVIDIA" in call.device.kind
         yield not nvidia, f"runs on NVIDIA GPUs, not on {call.device.platform} {call.device.kind!r}"
         yield from _limits(call, HALF, ("full",))
         causal, window = plain(call.mask)  # type: ignore[misc]
-        most = 256 if _hopper(call) else 128
+        most = 256 if is_hopper(call.device) else 128
         yield call.segments, "segments are not served"
         yield call.logit_cap is not None, "a logit cap is not served"
         yield window is not None and not causal, "a window is served only under a causal mask"
@@ -87,7 +83,7 @@ def _tokamax_refuses(call) -> str | None:
         yield call.device.platform == "tpu", (
             "untuned it runs 128-wide tiles on TPU, and its backward needs memory quadratic in S"
         )
-        hopper = call.device.platform == "gpu" and _hopper(call)
+        hopper = call.device.platform == "gpu" and is_hopper(call.device)
         yield not hopper, f"runs on Hopper GPUs, not on {call.device.platform} {call.device.kind!r}"
         yield from _limits(call, HALF, ("full", "packed"))
         causal, window = plain(call.mask)  # type: ignore[misc]

@@ -1,0 +1,234 @@
+"""The work of a Hopper kernel: what it reads of the block lists, and which block does what.
+
+An item is one tile of queries (or of keys) of one head. A kernel runs one block an item, or a few
+*persistent* blocks, one a multiprocessor, that take items until none is left: then copies run ahead
+into the next item, and neither a start of a block nor the first loads are waited for. Items of a
+head are adjacent, so that its keys and values stay in L2, longest first; a block takes the next one
+when it is free for it. Who does an item does not change its result.
+"""
+
+# Pallas references, layouts and kernels have no types that a checker can follow.
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportReturnType=false
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from attnlab.core.dispatch import Device
+from attnlab.ops.attention.blocks import BlockLists
+from attnlab.ops.attention.hopper import cores
+
+SLOTS = 4  # items that the copies may be ahead
+
+
+def given(lists: BlockLists) -> list[Any]:
+    """The arrays of block lists that a kernel takes, for ``Listed``."""
+    runs = lists.full, lists.partial
+    return [lists.work(), *(jnp.asarray(x) for r in runs for x in (r.first, r.count))]
+
+
+GIVEN = 5  # how many they are
+
+
+def blocks(items: int, persistent: bool) -> int:
+    """How many blocks do the items: one a multiprocessor if persistent, else one an item."""
+    return min(items, cores(Device.default().kind)) if persistent else items
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """The runs of one kind in a row: references, where they start, how many, and the first one."""
+
+    firsts: Any
+    counts: Any
+    lead: Any
+    start: Any
+    number: Any
+    first: Any
+    count: Any
+
+    def at(self, e):
+        """First tile and number of tiles of entry ``e`` of the lists."""
+        return self.firsts[*self.lead, e], self.counts[*self.lead, e]
+
+    def visit(self, step, carry):
+        """``carry = step(tile, carry)`` over the tiles, in order."""
+
+        def run(e, carry):
+            first, count, carry = carry
+            carry = lax.fori_loop(0, count, lambda i, c: step(first + i, c), carry)
+            return *self.at(self.start + jnp.minimum(e + 1, self.number - 1)), carry
+
+        return lax.fori_loop(0, self.number, run, (self.first, self.count, carry))[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of tiles: its index, how many tiles it visits, and which."""
+
+    index: Any
+    tiles: Any
+    full: Runs
+    partial: Runs
+
+
+class Listed:
+    """Block lists inside a kernel, from references to ``given(lists)``."""
+
+    def __init__(self, refs):
+        self.work, *self.runs = refs
+
+    def index(self, b, n, r):
+        """The index of the r-th longest row."""
+        return self.work[*_lead(self.work, b, n), r, 0]
+
+    def tiles(self, b, n, r):
+        """How many tiles that row visits."""
+        return self.work[*_lead(self.work, b, n), r, 1]
+
+    def row(self, b, n, r) -> Row:
+        """The r-th longest row of batch row b and head n."""
+        lead = _lead(self.work, b, n)
+        index, tiles, *rest = (self.work[*lead, r, i] for i in range(10))
+        full, partial = (
+            Runs(first, count, _lead(first, b, n), *numbers) for first, count, numbers in (
+                (*self.runs[:2], rest[:4]), (*self.runs[2:], rest[4:])
+            )
+        )
+        return Row(index, tiles, full, partial)
+
+
+def _lead(ref, b, n):
+    return tuple(i if size > 1 else 0 for i, size in zip((b, n), ref.shape[:2], strict=True))
+
+
+def drain(free, used, stages: int):
+    """Wait until the consumers have freed every slot of a ring that was ``used`` so many times."""
+    for slot in range(stages):
+        pl.when(used > slot)(lambda slot=slot: plgpu.barrier_wait(free.at[slot]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Queue:
+    """Who does which item; with as many ``blocks`` as ``items`` each has its own.
+
+    Args:
+        shape: batch rows, heads and rows of tiles; an item is one of each. box: int32 ``[SLOTS]``
+            in shared memory, from the copying warpgroup to those that compute. ready, taken:
+            barriers of its slots. interpret: see ``gpu_attend``.
+    """
+
+    shape: tuple[int, int, int]
+    blocks: int
+    box: Any
+    ready: Any
+    taken: Any
+    interpret: Any
+
+    @property
+    def items(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def persistent(self) -> bool:
+        return self.blocks < self.items
+
+    def place(self, item):
+        """Batch row, head, and rank of the row of tiles."""
+        _, heads, rows = self.shape
+        outer = lax.div(item, rows)
+        return lax.div(outer, heads), lax.rem(outer, heads), lax.rem(item, rows)
+
+    def compute(self, work, carry):
+        """In the warpgroups that compute: ``after, carry = work(turn, item, pull, carry)`` for each
+        item of this block. turn counts them. The work calls ``pull()`` once, when it wants to know
+        the next item: what it returns is ``after``, ``items`` or more where there is none."""
+        first = lax.axis_index("tile")
+        if not self.persistent:
+            return work(jnp.int32(0), first, lambda: jnp.int32(self.items), carry)[1]
+
+        def one(state):
+            turn, item, carry = state
+            slot = lax.rem(turn, SLOTS)
+
+            def pull():
+                plgpu.barrier_wait(self.ready.at[slot])
+                after = self.box[slot]
+                plgpu.barrier_arrive(self.taken.at[slot])
+                return after
+
+            return turn + 1, *work(turn, item, pull, carry)
+
+        return self._loop(one, first, carry)[-1]
+
+    def copy(self, load, carry):
+        """In the warpgroup that copies: ``carry = load(item, carry)`` for each item."""
+        first = lax.axis_index("tile")
+        if not self.persistent:
+            return load(first, carry)
+        counter = None
+        if self.interpret is None:
+            counter = pl.get_global(plgpu.SemaphoreType.REGULAR)
+
+        def one(state):
+            turn, item, carry = state
+            slot = lax.rem(turn, SLOTS)
+            pl.when(turn >= SLOTS)(lambda: plgpu.barrier_wait(self.taken.at[slot]))
+            if counter is None:
+                self.box[slot] = item + self.blocks
+            else:
+                _take(counter, self.blocks, self.box.at[slot])
+            plgpu.barrier_arrive(self.ready.at[slot])
+            carry = load(item, carry)
+            plgpu.barrier_wait(self.ready.at[slot])
+            return turn + 1, self.box[slot], carry
+
+        turn, _, carry = self._loop(one, first, carry)
+        drain(self.taken, turn, SLOTS)
+        return carry
+
+    def _loop(self, one, first, carry):
+        return lax.while_loop(lambda s: s[1] < self.items, one, (jnp.int32(0), first, carry))
+
+
+def _take(counter, first: int, box):
+    """``box = first + counter``, ``counter += 1`` in one step that no other block can split.
+
+    A thread of the last warp waits for the answer; copies are started from the first.
+    """
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, memref
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=())
+    def take(_, counter, box):
+        def number(n):
+            return mgpu.utils.c(n, ir.IntegerType.get_signless(32))
+
+        thread = arith.remui(mgpu.utils.thread_idx(), number(128))
+        with mgpu.utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread, number(96))):
+            ticket = llvm.atomicrmw(
+                llvm.AtomicBinOp.add, mgpu.utils.memref_ptr(counter), number(1),
+                llvm.AtomicOrdering.monotonic, syncscope="device",
+            )
+            memref.store(arith.addi(ticket, number(first)), box, [])
+
+    take(counter, box)
+
+
+def spaces(persistent: bool, consumers: int) -> tuple[Any, ...]:
+    """What ``Queue`` wants of shared memory: box, ready, taken, or None each."""
+    if not persistent:
+        return None, None, None
+    return (
+        plgpu.SMEM((SLOTS,), jnp.int32), plgpu.Barrier(num_barriers=SLOTS),
+        plgpu.Barrier(num_arrivals=consumers, num_barriers=SLOTS),
+    )
