@@ -31,6 +31,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core as jex
 
+from attnlab.core.lookups import looked_up
 from attnlab.core.mods import CALLS, Mod, Program
 
 GROUPS = ("heads", "rows", "columns", "distances", "dense")
@@ -374,27 +375,16 @@ def _hoist(mod: Mod, steps, body: Body, entry: Handed, given: dict) -> jax.Array
         if v in by_result:
             stack += [x for x in by_result[v].operands if not isinstance(x, _Constant)]
     used = [name for name, v in body.inputs.items() if v in wanted and name in given]
-    axes = [given[name][1] for name in used]
-
-    def one(*values):
-        env: dict[int, Any] = dict(enumerate(mod.captured))
-        env |= {body.inputs[name]: v for name, v in zip(used, values, strict=True)}
-        for step in steps:
-            if step.results[0] in wanted:
-                out = step.primitive.bind(
-                    *(x.value if isinstance(x, _Constant) else env[x] for x in step.operands),
-                    **step.params,
-                )
-                outs = out if step.primitive.multiple_results else [out]
-                env |= dict(zip(step.results, outs, strict=True))
-        return env[entry.variable]
-
     all_axes = "bn" + _TAIL[entry.group]
-    present = [a for a in all_axes if any(a in x for x in axes)]
-    function: Callable[..., Any] = one
-    for axis in reversed(present):
-        function = jax.vmap(function, in_axes=tuple(0 if axis in x else None for x in axes))
-    out = jnp.asarray(function(*(given[name][0] for name in used)))
+    env: dict[int, tuple[Any, str]] = {i: (x, "") for i, x in enumerate(mod.captured)}
+    env |= {body.inputs[name]: given[name] for name in used}
+    for step in steps:
+        if step.results[0] in wanted:
+            read = [(x.value, "") if isinstance(x, _Constant) else env[x] for x in step.operands]
+            outs = _over_axes(step, read, all_axes, ordered=entry.group != "dense")
+            env |= dict(zip(step.results, outs, strict=True))
+    out, present = env[entry.variable]
+    out = jnp.asarray(out)
     if out.dtype == jnp.bool_ or jnp.issubdtype(out.dtype, jnp.integer):
         out = out.astype(jnp.int32)
     out = out.reshape([out.shape[present.index(a)] if a in present else 1 for a in all_axes])
@@ -402,6 +392,31 @@ def _hoist(mod: Mod, steps, body: Body, entry: Handed, given: dict) -> jax.Array
     tail = [full[a].shape[0] if a in "ts" else out.shape[2 + i]
             for i, a in enumerate(_TAIL[entry.group])]
     return jnp.broadcast_to(out, (*out.shape[:2], *tail))
+
+
+def _over_axes(step: _Step, read: list[tuple[Any, str]], order: str, ordered: bool):
+    """``(value, axes)`` of each result of a step on operands that have ``axes`` in front.
+
+    ordered: gradients of what is looked up are sums in one order, see ``core.lookups``. Not with
+    values by query and key: there are T x S of them, nearly always of different entries.
+    """
+    present = "".join(a for a in order if any(a in axes for _, axes in read))
+
+    def mapped(*operands, **changed):
+        one: Callable[..., Any] = functools.partial(step.primitive.bind, **(step.params | changed))
+        for axis in reversed(present):
+            one = jax.vmap(one, in_axes=tuple(0 if axis in axes else None for _, axes in read))
+        return one(*operands)
+
+    values = [x for x, _ in read]
+    out = mapped(*values)
+    if step.primitive.name in ("gather", "dynamic_slice") and ordered and present:
+        x = jnp.asarray(values[0])
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            places = jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape)
+            nowhere = {"fill_value": -1} if "fill_value" in step.params else {}
+            out = looked_up(x, out, mapped(places, *values[1:], **nowhere))
+    return [(x, present) for x in (out if step.primitive.multiple_results else [out])]
 
 
 def _key(eqn: Any, given: list[Any]) -> Any:
