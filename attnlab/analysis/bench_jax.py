@@ -172,7 +172,9 @@ def planned(case: Case, impl: str) -> bool:
 
 def _plan(case: Case, positions, segments):
     mask: Any = Causal()
-    for block_q, block_k in gpu.tiles(case.H, case.V):
+    heads = ((case.N, case.H), (case.K, case.H), (case.K, case.V))
+    q, k, v = (jax.ShapeDtypeStruct((case.B, case.S, *x), jnp.bfloat16) for x in heads)
+    for block_q, block_k in gpu.tiles(q, k, v, layout="packed"):
         mask = plan(
             mask, positions=positions[None], segments=segments[None], layout="packed",
             batch=case.B, heads=case.N, block_q=block_q, block_k=block_k,

@@ -6,7 +6,6 @@ What the interpreter cannot see (registers, shared memory, layouts) is compiled 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -18,7 +17,7 @@ from attnlab.core.dispatch import Device
 from attnlab.core.mask import Blocks, Causal, Coords, Full, MaskMod, Segments, SinkTokens, Window
 from attnlab.core.mods import Mod
 from attnlab.core.versions import JAX
-from attnlab.ops.attention import Call, gpu, gpu_backward_wide, gpu_work, reference
+from attnlab.ops.attention import Call, gpu, gpu_work, reference, tuning
 
 pytestmark = pytest.mark.skipif(JAX < (0, 11, 2), reason="Mosaic GPU kernels need jax >= 0.11.2")
 
@@ -156,11 +155,44 @@ def run(forward, case, exact: bool):
     return outs, grads
 
 
+# What tuning may choose beside the heuristic: kernels of wide heads for narrow ones, other tiles.
+SIZES = {
+    "wide": {
+        "block_k": 64, "stages": 3, "block_k_dq": 64, "stages_dq": 3, "wide_dq": 2, "turns_dq": 1,
+        "block_q_dkv": 128, "stages_dkv": 2, "turns_dkv": 0, "wide_dkv": 1,
+    },
+    "mla": {
+        "block_k": 64, "stages": 4, "wide_dq": 1, "stages_dkv": 3, "wide_dkv": 1, "turns_dkv": 0,
+    },
+    "gqa": {
+        "block_k": 64, "stages": 2, "block_k_dq": 128, "stages_dq": 2, "turns_dkv": 1,
+    },
+    "256 over 128": {"stages": 3, "wide_dq": 2, "stages_dq": 3, "turns_dq": 1, "stages_dkv": 3},
+}
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_forced_sizes_interpreted(shape):
+    """Also where lists, operands and gradients of functions must follow the sizes."""
+    case = dict(
+        shape=shape, mask=Causal() & (Window(150) | SinkTokens(2)),
+        score=lambda e: lambda s, head, q, k, *, q_index, k_index: (
+            s + e["slope"][head] * (k - q) + e["column"][head, k_index] + e["bias"][head, q, k]
+        ),
+    )
+    with tuning.forcing(SIZES[shape]):
+        compare(shape, case)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name):
+    compare(name, CASES[name])
+
+
+def compare(name, case):
+    """The kernels against the dense reference."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    case = CASES[name]
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     found = run(functools.partial(gpu.forward, interpret=interpret), case, exact=False)
     expected = run(reference.forward, case, exact=True)
@@ -191,20 +223,10 @@ def test_persistent_blocks_change_nothing(name, blocks, ahead, monkeypatch):
     forward = functools.partial(gpu.forward, interpret=interpret)
     expected = run(forward, CASES[name], exact=False)
     monkeypatch.setattr(gpu_work, "cores", lambda kind: blocks)
-    sizes, backward = gpu.forward_config, gpu.backward_configs
-
-    def persistent(config):
-        wide_kv = isinstance(config, gpu_backward_wide.Config) and config.block_k == 128
-        return config if wide_kv else dataclasses.replace(config, persistent=True)
-
-    monkeypatch.setattr(
-        gpu, "forward_config",
-        lambda *given: dataclasses.replace(sizes(*given), persistent=True, ahead=ahead),
-    )
-    monkeypatch.setattr(
-        gpu, "backward_configs", lambda *given: tuple(map(persistent, backward(*given)))
-    )
-    found = run(forward, CASES[name], exact=False)
+    forced = {"persistent": 1, "ahead": int(ahead), "persistent_dq": 1}
+    forced |= {"persistent_dkv": 1} if name != "256" else {}  # the wide kernel has none
+    with tuning.forcing(forced):
+        found = run(forward, CASES[name], exact=False)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert (np.asarray(a) == np.asarray(b)).all()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from attnlab.core.errors import UnsupportedError
 from attnlab.core.mask import Causal, Coords, MaskMod, Segments, SinkTokens, Window
 from attnlab.core.mods import Mod
 from attnlab.core.versions import JAX
-from attnlab.ops.attention import gpu, reference
+from attnlab.ops.attention import gpu, reference, tuning
 
 pytestmark = pytest.mark.skipif(JAX < (0, 11, 2), reason="Mosaic GPU kernels need jax >= 0.11.2")
 
@@ -147,6 +148,36 @@ def test_compiles_for_hopper(N, K, H, V, prefix):
         return jax.grad(lambda *x: outputs(*x)[0].astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
 
     assert compiled(gradients if max(H, V) <= 256 else outputs, *shapes) is not None
+
+
+@pytest.mark.aot
+@for_hopper
+@pytest.mark.parametrize("H, V", [(64, 64), (128, 128), (192, 128), (192, 192), (256, 128)])
+def test_every_candidate_compiles(H, V):
+    """What ``attnlab tune`` would try, a candidate of each kernel at a time. (256 has none for the
+    forward and two for dq.)"""
+    shapes = [((1, 2048, 8, x), jnp.bfloat16) for x in (H, H, V)]
+    space, tried = tuning.space("gpu"), {"forward": [], "_dq": [], "_dkv": []}
+    for direction in tuning.DIRECTIONS:
+        key = tuning.Key("gpu", direction, H, V, 1, "bfloat16", 2048, 2048, "causal")
+        usual = space.default(key)
+        for blocks in space.candidates(key):
+            changed = {n: size for n, size in blocks.items() if size != usual[n]}
+            end = "_" + next(iter(changed), "_dq").rpartition("_")[2]
+            tried["forward" if direction == "forward" else end].append(changed)
+
+    def gradients(q, k, v):
+        def loss(*x):
+            return call(gpu.forward, *x, mask=Causal())[0].astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    for one in itertools.zip_longest(*tried.values(), fillvalue={}):
+        forced = functools.reduce(dict.__or__, one)
+        with tuning.forcing(forced), tuning.recording() as seen:
+            assert compiled(lambda *x: gradients(*x), *shapes) is not None, forced
+        used = functools.reduce(dict.__or__, (choice.blocks for choice in seen))
+        assert forced.items() <= used.items()
 
 
 @pytest.mark.aot

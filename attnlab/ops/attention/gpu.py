@@ -14,9 +14,12 @@ import jax.numpy as jnp
 
 from attnlab.core.axes import vary
 from attnlab.core.dispatch import Implementation
-from attnlab.core.mask import Blocks, Causal, Full, MaskMod, conjuncts, parts
+from attnlab.core.mask import Blocks, Causal, Mask, MaskMod, SinkTokens, conjuncts, parts
+from attnlab.core.mods import Mod
 from attnlab.core.staging import Body, split, values
+from attnlab.core.types import Layout
 from attnlab.ops.attention import hopper
+from attnlab.ops.attention.gpu_sizes import Sizes, whole_widths
 from attnlab.ops.attention.pairs import capped, pair_mod, runs_mod
 
 HALF = ("bfloat16", "float16")
@@ -138,7 +141,7 @@ def step(
         q, k, v, mask, capped(score, logit_cap), q_coords, k_coords, scale, layout, interpret
     )
     if carry is not None:
-        rows = -T % forward_config(q.shape[-1], v.shape[-1]).block_q
+        rows = -T % static.sizes.forward.block_q
         o, m, l = carry
         o = jnp.pad(o, [(0, 0), (0, rows), (0, 0), (0, v.shape[-1] - V)])
         line = [(0, 0), (0, 0), (0, rows)]
@@ -157,10 +160,8 @@ def _given(
     from attnlab.ops.attention import gpu_attend, gpu_distance
     from attnlab.ops.attention.gpu_plan import make_plan
 
-    B, T, N, _ = q.shape
+    B, T, N, H = q.shape
     S, V = k.shape[1], v.shape[-1]
-    q, k = (_whole(x) for x in (q, k))
-    v = _whole(v, 64 if max(k.shape[-1], V) <= 256 else 128)
     pair = runs_mod(mask, q_coords, layout) or pair_mod(mask, S if S % 128 else None)
     pair = pair.bound(B, N)
     handed, body = [], None
@@ -175,66 +176,48 @@ def _given(
     make = functools.partial(
         make_plan, T=T, S=S, layout=layout, scale=scale, score=score, mask=pair
     )
-    dense = any(h.group == "dense" for b in (body, seen) if b is not None for h in b.handed)
-    light = layout == "full" and all(isinstance(part, Causal | Full) for part in parts(mask))
-    static = gpu_attend.Static(make, layout, body, dense, light, value_is_prefix, interpret)
+    sizes = _sizes(q, v, mask, layout, body, seen, value_is_prefix)
+    static = gpu_attend.Static(make, layout, sizes, interpret)
+    H, V = whole_widths(H, V)
+    q, k, v = _whole(q, H), _whole(k, H), _whole(v, V)
     fixed = values(pair, seen, q_coords, k_coords), mask, q_coords, k_coords
     return static, q, k, v, handed, fixed
 
 
-def _whole(x, numbers: int = 64):
-    """``x[B, T, N, H]`` with zeros up to the 8 tokens and 64 numbers of a shared-memory tile."""
-    tokens, width = -x.shape[1] % 8, -x.shape[3] % numbers
+def _whole(x, width: int):
+    """``x[B, T, N, H]`` with zeros up to whole tiles of shared memory: 8 tokens, ``width``."""
+    tokens, width = -x.shape[1] % 8, width - x.shape[3]
     return jnp.pad(x, [(0, 0), (0, tokens), (0, 0), (0, width)]) if tokens or width else x
 
 
-def forward_config(H: int, V: int, value_is_prefix: bool = False, dense: bool = False):
-    """Sizes of the forward kernel. dense: values by query and key are held beside the logits."""
-    from attnlab.ops.attention import gpu_widths
-    from attnlab.ops.attention.gpu_forward import Config
+def tiles(
+    q, k, v, *, layout: Layout, mask: Any = None, score_mod: Any = None,
+    logit_cap: float | None = None, sink_tokens: int = 0,
+) -> list[tuple[int, int]]:
+    """``(block_q, block_k)`` of the block lists that a call reads, forward and backward: for
+    ``plan``. Sizes differ between calls; lists of other sizes are no use to this one.
 
-    if max(H, V) > 256:
-        return gpu_widths.forward_config(H, V, value_is_prefix)
-    if max(H, V) > 192 or V > 128:
-        return Config(128, 64, 2)
-    if dense and max(H, V) > 64:
-        return Config(128, 64, 4)
-    return Config(128, 128, 4 if max(H, V) <= 64 else 2)
-
-
-def backward_configs(
-    H: int, V: int, score: Body | None = None, dense: bool = False, light: bool = True
-):
-    """Sizes of the kernel for dq and of the one for dk and dv, by measurement on an H200.
-
-    With a score function both are short of registers: smaller tiles, and turns only where it reads
-    coordinates. Where the mask is more than causal (not ``light``) the kernel of wide heads is
-    faster for dq (window of 1024 and 4 sinks: 0.4 ms of 1.8; other masks were not measured). With
-    values by query and key (``dense``) in the mask both have the sizes of a score function; that
-    was not measured either.
+    Args:
+        q, k, v: its arrays or their ``ShapeDtypeStruct`` (of one shard, where there are shards).
+        layout: its layout, "full" where it has neither positions nor segments. mask, score_mod,
+            logit_cap, sink_tokens: as in ``attention``.
     """
-    from attnlab.ops.attention import gpu_widths
-    from attnlab.ops.attention.gpu_backward import Config
-
-    if max(H, V) <= 64:
-        return Config(128, 64, 3, turns=False), Config(64, 128, 3, turns=False)
-    if H > 192 or V > 128:
-        return gpu_widths.backward_configs(H, V)
-    if max(H, V) > 128:
-        return Config(128, 64, 2, turns=False), Config(64, 128, 2, turns=False)
-    if score is None and not dense:
-        rows = Config(128, 128, 2, turns=False)
-        return rows if light else gpu_widths.short_rows(), Config(64, 128, 3)
-    places = score is None or bool(
-        (score.coordinates - {"score"}) | score.floats | set(score.handed)
-    )
-    return Config(128, 64, 3, turns=False), Config(64, 128, 3, turns=places)
-
-
-def tiles(H: int, V: int, score: Body | None = None, light: bool = False) -> list[tuple[int, int]]:
-    """``(block_q, block_k)`` of the block lists that a call with gradient reads: for ``plan``."""
-    configs = forward_config(H, V), *backward_configs(H, V, score, light=light)
+    (B, T, N, _), S = q.shape, k.shape[1]
+    mask = Causal() if mask is None else mask if isinstance(mask, Mask) else MaskMod.of(mask)
+    mask = (mask | SinkTokens(sink_tokens) if sink_tokens else mask).bound(B, N)
+    if score_mod is not None and not isinstance(score_mod, Mod):
+        score_mod = Mod.of(score_mod, score_dtype="float32")
+    score, pair = capped(score_mod, logit_cap), pair_mod(mask, S if S % 128 else None)
+    body = None if score is None else split(score.program, T, S)
+    sizes = _sizes(q, v, mask, layout, body, split(pair.program, T, S))
+    configs = [sizes.forward, *(sizes.backward if max(sizes.key.H, sizes.key.V) <= 256 else ())]
     return list(dict.fromkeys((c.block_q, c.block_k) for c in configs))
+
+
+def _sizes(q, v, mask, layout, score: Body | None, pair: Body, value_is_prefix=False) -> Sizes:
+    bodies = [pair] if score is None else [score, pair]
+    dense = any(h.group == "dense" for body in bodies for h in body.handed)
+    return Sizes.of(q, v, mask, layout, score, dense, value_is_prefix)
 
 
 IMPLEMENTATIONS = (

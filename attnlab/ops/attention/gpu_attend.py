@@ -32,9 +32,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from attnlab.core.axes import vary
 from attnlab.core.errors import UnsupportedError
-from attnlab.ops.attention import gpu, gpu_backward, gpu_distance, gpu_widths
+from attnlab.ops.attention import gpu_backward, gpu_distance, gpu_widths
 from attnlab.ops.attention.blocks import block_lists
 from attnlab.ops.attention.gpu_plan import coordinates, handed_operands
+from attnlab.ops.attention.gpu_sizes import Sizes
 from attnlab.ops.attention.gpu_tiles import LOG2E
 
 
@@ -43,17 +44,12 @@ class Static:
     """What a custom derivative is specialised to.
 
     Args:
-        make: ``gpu_plan.make_plan`` without the facts of a kernel. score: the modified score split
-            (``core.staging``), or None. dense: whether score or mask has a value by query and key.
-            light: whether the mask is at most causal, places counted in the array.
+        make: ``gpu_plan.make_plan`` without the facts of a kernel. sizes: of all its kernels.
     """
 
     make: Any
     layout: str
-    score: Any
-    dense: bool
-    light: bool
-    value_is_prefix: bool
+    sizes: Sizes
     interpret: Any
 
 
@@ -98,8 +94,7 @@ def attend(static: Static, q, k, v, sink, handed, fixed):
 
 
 def _run(static: Static, q, k, v, handed, fixed, *, sink=None, **how):
-    widths = q.shape[-1], v.shape[-1]
-    config = gpu.forward_config(*widths, static.value_is_prefix, static.dense)
+    config = static.sizes.forward
     kernel: Any = gpu_widths.forward_of(config)
     plan, lists, operands = _prepared(static, config, handed, fixed, False, whole="state" in how)
     out = kernel(plan, config, q, k, v, sink, lists, operands, interpret=static.interpret, **how)
@@ -195,8 +190,7 @@ def _gradients(static, asked: _Asked, q, k, v, do, base2, delta, handed, fixed, 
             "above 256 the kernel has a forward pass only",
             "train the expanded form (heads up to 256), or use impl='xla'",
         )
-    configs = gpu.backward_configs(H, V, static.score, static.dense, static.light)
-    rows, columns = gpu_widths.backward_of(*configs)
+    rows, columns = gpu_widths.backward_of(*static.sizes.backward)
 
     def run(kernel, config, transposed):
         plan, lists, operands = _prepared(

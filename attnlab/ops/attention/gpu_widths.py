@@ -1,4 +1,4 @@
-"""Which Hopper kernel serves which head widths, and the sizes of those for wide heads.
+"""Which Hopper kernel serves which head widths, and the sizes of the one above 256.
 
 | max(H, V) | forward | dq | dk, dv |
 |---|---|---|---|
@@ -6,7 +6,8 @@
 | up to 256 | ``gpu_forward`` | ``gpu_backward_wide`` | ``gpu_backward_wide_kv`` |
 | up to 576 / 512 | ``gpu_wide`` | none | none |
 
-The kernel follows from the type of its sizes.
+The kernel follows from the type of its sizes, which ``gpu_sizes`` chooses up to 256: there measured
+or forced sizes may take a kernel of wide heads for narrow ones, as masks beyond causal do for dq.
 """
 
 # Pallas references, layouts and kernels have no types that a checker can follow.
@@ -33,19 +34,6 @@ def forward_config(H: int, V: int, value_is_prefix: bool) -> gpu_wide.Config:
         if 128 * columns <= SHARED_MEMORY:
             break
     return gpu_wide.Config(128, 64, stages, stages_v, value_is_prefix=value_is_prefix)
-
-
-def backward_configs(H: int, V: int) -> tuple[gpu_backward_wide.Config, gpu_backward_wide.Config]:
-    """Sizes for dq and for dk, dv above 192 / 128, up to 256."""
-    Config = gpu_backward_wide.Config
-    if max(H, V) > 192:
-        return Config(128, 64, 2, 1 if V > 192 else 2, turns=False), Config(64, 128, 2)
-    return Config(128, 64, 2, 2), Config(64, 128, 3)
-
-
-def short_rows() -> gpu_backward_wide.Config:
-    """Sizes of the wide kernel for dq of heads to 128."""
-    return gpu_backward_wide.Config(128, 64, 2, 1, turns=False)
 
 
 def forward_of(config):

@@ -103,12 +103,17 @@ class Space:
         candidates: ``key -> blocks to try``, the heuristic among them.
         refuses: ``(key, blocks) -> None`` or the reason why they do not fit the call.
         tile: ``(role, blocks) -> Tile`` of the kernel with that role (forward, dq, dkv).
+        across_masks: a tuned row also serves calls of another mask class. modified: and calls with
+            a logit cap or score function; else nothing is tuned with them, and the implementation
+            gives ``choose`` what such a call takes.
     """
 
     default: Callable[[Key], Blocks]
     candidates: Callable[[Key], list[Blocks]]
     refuses: Callable[[Key, Blocks], str | None]
     tile: Callable[[str, Blocks], Tile]
+    across_masks: bool = True
+    modified: bool = True
 
 
 SPACES: dict[str, Space] = {}
@@ -172,21 +177,25 @@ def recording() -> Iterator[list[Choice]]:
         _record.reset(token)
 
 
-def choose(key: Key, device: Device | None = None) -> Choice:
+def choose(key: Key, device: Device | None = None, *, usual: Blocks | None = None) -> Choice:
     """The block sizes of a call: forced, else the nearest tuned row that fits, else the heuristic.
+
+    Args:
+        usual: the sizes of a call that is more than its key tells, in place of tuned rows and of
+            the heuristic.
 
     Raises:
         ConfigError: forced sizes are unknown to the implementation or do not fit the call.
     """
-    choice = _choose(key, space(key.implementation), device or Device.default())
+    choice = _choose(key, space(key.implementation), device or Device.default(), usual)
     record = _record.get()
     if record is not None:
         record.append(choice)
     return choice
 
 
-def _choose(key: Key, mine: Space, device: Device) -> Choice:
-    choice = _tuned(key, mine, device)
+def _choose(key: Key, mine: Space, device: Device, usual: Blocks | None) -> Choice:
+    choice = _tuned(key, mine, device) if usual is None else Choice(dict(usual), "default")
     forced = _forced.get()
     if forced is None:
         return choice
@@ -211,7 +220,10 @@ def _tuned(key: Key, mine: Space, device: Device) -> Choice:
     bucket = key.bucket()
     found = []
     for row in table(device.kind):
-        distance = bucket.distance(row_key(row))
+        other = row_key(row)
+        distance = bucket.distance(other)
+        if other.mask != bucket.mask and not mine.across_masks:
+            continue
         if distance <= REACH and mine.refuses(key, row["blocks"]) is None:
             found.append((distance, row))
     if not found:

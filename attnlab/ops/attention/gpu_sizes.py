@@ -1,0 +1,282 @@
+"""Sizes of the Hopper kernels: heuristic, candidates, limits, and the choice for a call.
+
+Names of the sizes: ``block_q``, ``block_k`` (tokens of a tile of the block lists) and ``stages``
+(tiles in flight) of the forward; the same with ``_dq`` and ``_dkv`` for the two backward kernels.
+Besides
+
+| name | 0 | otherwise |
+|---|---|---|
+| ``persistent``, also ``_dq``, ``_dkv`` | a block a row of tiles | 1: blocks take row after row |
+| ``ahead`` | see ``gpu_forward.Config`` | 1: if persistent, the next queries are loaded early |
+| ``turns_dq``, ``turns_dkv`` | two warpgroups run as they come | 1: they take turns to multiply |
+| ``wide_dq`` | ``gpu_backward`` | ``gpu_backward_wide``, so many tiles of values in flight |
+| ``wide_dkv`` | ``gpu_backward`` | 1: ``gpu_backward_wide_kv`` |
+
+Heads above 256 have no choice: ``gpu_widths``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from attnlab.core.mask import Mask
+from attnlab.core.staging import Body
+from attnlab.ops.attention import tuning
+
+# The fields of a kernel's Config that are chosen, by the ending of their names. What is no count is
+# a flag, 0 or 1, and 0 unless said otherwise: a new one is a word here.
+FIELDS = {
+    "": ("block_q", "block_k", "stages", "persistent", "ahead"),
+    "_dq": ("block_q", "block_k", "stages", "turns", "wide", "persistent"),
+    "_dkv": ("block_q", "block_k", "stages", "turns", "wide", "persistent"),
+}
+COUNTS = ("block_q", "block_k", "stages")
+NOT_WIDE = ("turns_dkv", "persistent_dkv")  # what the kernels of wide heads do not have
+ENDS = {"forward": ("",), "backward": ("_dq", "_dkv")}
+ROWS = 128  # of the side that a block owns: two warpgroups of 64
+KB = 1024
+SHARED_KB = 226  # 227 a block, and barriers take less than one
+SCRATCH_KB = 2  # sums along a row of a tile, in the kernels of narrow heads
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sizes:
+    """The sizes of a call, each chosen once. The block lists of a plan ask here as kernels do.
+
+    Args:
+        key: of the forward. score: the modified score split (``core.staging``), or None. dense:
+            whether score or mask has a value by query and key. value_is_prefix: see ``gpu_wide``.
+    """
+
+    key: tuning.Key
+    score: Body | None
+    dense: bool
+    value_is_prefix: bool = False
+
+    @staticmethod
+    def of(
+        q, v, mask: Mask, layout: str, score: Body | None, dense: bool,
+        value_is_prefix: bool = False,
+    ) -> Sizes:
+        """Of a call with arrays ``q[B, T, N, H]``, ``v[B, S, K, V]``; other arguments as above.
+
+        Tuned rows are of calls whose positions are the places in the array. Others (packed
+        documents, rows, parts of a ring) read them beside every tile: their class is ``other``.
+        """
+        (T, N, H), (S, K, V) = q.shape[1:], v.shape[1:]
+        kind = tuning.mask_class(mask) if layout == "full" else "other"
+        H, V = whole_widths(H, V)
+        key = tuning.Key("gpu", "forward", H, V, N // K, q.dtype.name, T, S, kind)
+        return Sizes(key, score, dense, value_is_prefix)
+
+    @functools.cached_property
+    def forward(self) -> Any:
+        """The Config of the forward kernel."""
+        from attnlab.ops.attention import gpu_widths
+        from attnlab.ops.attention.gpu_forward import Config
+
+        H, V = self.key.H, self.key.V
+        if max(H, V) > 256:
+            return gpu_widths.forward_config(H, V, self.value_is_prefix)
+        return Config(**_fields("", self._blocks("forward")))
+
+    @functools.cached_property
+    def backward(self) -> tuple[Any, Any]:
+        """The Configs of the kernels for dq and for dk, dv, of heads to 256."""
+        from attnlab.ops.attention import gpu_backward, gpu_backward_wide
+
+        blocks, configs = self._blocks("backward"), []
+        for end in ENDS["backward"]:
+            fields = _fields(end, blocks)
+            wide = fields.pop("wide")
+            if not wide:
+                configs.append(gpu_backward.Config(**fields))
+                continue
+            fields = {n: x for n, x in fields.items() if n + end not in NOT_WIDE}
+            fields |= {"stages_v": wide} if end == "_dq" else {}
+            configs.append(gpu_backward_wide.Config(**fields))
+        return configs[0], configs[1]
+
+    def _blocks(self, direction: tuning.Direction) -> tuning.Blocks:
+        key, usual = dataclasses.replace(self.key, direction=direction), None
+        if self.score is not None or self.dense:
+            # Measured rows are of plain calls, and a key does not tell these from them.
+            usual = heuristic(key, self.score, self.dense)
+        return tuning.choose(key, usual=usual).blocks
+
+
+def whole_widths(H: int, V: int) -> tuple[int, int]:
+    """Widths in the kernels: whole tiles of shared memory."""
+    H = -(-H // 64) * 64
+    unit = 64 if max(H, V) <= 256 else 128
+    return H, -(-V // unit) * unit
+
+
+def _fields(end: str, blocks: tuning.Blocks) -> dict[str, Any]:
+    """Fields of the Config of a kernel, and ``wide``."""
+    fields: dict[str, Any] = {field: blocks[field + end] for field in FIELDS[end]}
+    return {n: bool(x) if _flag(n, end) else x for n, x in fields.items()}
+
+
+def _flag(field: str, end: str) -> bool:
+    return field not in COUNTS and field + end != "wide_dq"
+
+
+def _named(end: str, block_q: int, block_k: int, stages: int, **more: int) -> tuning.Blocks:
+    given = dict(block_q=block_q, block_k=block_k, stages=stages, ahead=1, **more)
+    return {field + end: given.get(field, 0) for field in FIELDS[end]}
+
+
+def heuristic(
+    key: tuning.Key, score: Body | None = None, dense: bool = False
+) -> tuning.Blocks:
+    """Sizes by measurement on an H200. score, dense: see ``Sizes``."""
+    H, V = whole_widths(key.H, key.V)
+    if key.direction == "forward":
+        return _forward(H, V, dense)
+    return _backward(H, V, key.mask in ("full", "causal"), score, dense)
+
+
+def _forward(H: int, V: int, dense: bool) -> tuning.Blocks:
+    if max(H, V) > 192 or V > 128:
+        return _named("", ROWS, 64, 2)
+    if dense and max(H, V) > 64:  # values by query and key are held beside the logits
+        return _named("", ROWS, 64, 4)
+    return _named("", ROWS, 128, 4 if max(H, V) <= 64 else 2)
+
+
+def _backward(H: int, V: int, light: bool, score: Body | None, dense: bool) -> tuning.Blocks:
+    """With a score function both kernels are short of registers: smaller tiles, and turns only
+    where it reads coordinates. Where the mask is more than causal (not ``light``) the kernel of
+    wide heads is faster for dq (window of 1024 and 4 sinks: 0.4 ms of 1.8; other masks were not
+    measured). With values by query and key in the mask both have the sizes of a score function;
+    that was not measured either."""
+
+    def dq(block_k: int, stages: int, turns: int = 0, wide: int = 0):
+        return _named("_dq", ROWS, block_k, stages, turns=turns, wide=wide)
+
+    def dkv(stages: int, turns: int = 0, wide: int = 0):
+        return _named("_dkv", 64, ROWS, stages, turns=turns, wide=wide)
+
+    if max(H, V) <= 64:
+        return dq(64, 3) | dkv(3)
+    if only_wide(H, V):
+        if max(H, V) > 192:
+            return dq(64, 2, wide=1 if V > 192 else 2) | dkv(2, wide=1)
+        return dq(64, 2, turns=1, wide=2) | dkv(3, wide=1)
+    if max(H, V) > 128:
+        return dq(64, 2) | dkv(2)
+    if score is None and not dense:
+        return (dq(128, 2) if light else dq(64, 2, wide=1)) | dkv(3, turns=1)
+    places = score is None or bool(
+        (score.coordinates - {"score"}) | score.floats | set(score.handed)
+    )
+    return dq(64, 3) | dkv(3, turns=int(places))
+
+
+def only_wide(H: int, V: int) -> bool:
+    """Whether the kernels of narrow heads are not meant for these widths."""
+    return H > 192 or V > 128
+
+
+# Of each kernel: rows beside its own 128, stages, the rest of its fields. All compile, and spill no
+# more than the heuristic does where it was measured to win (0.5 KB for dq at 128, 1.4 KB for dk and
+# dv at 192 / 128; taking turns there, 2 KB).
+_TRIED = {
+    "": ((128, 2), (128, 3), (128, 4), (64, 2), (64, 3), (64, 4)),
+    "_dq": ((64, 3, 0, 0), (64, 3, 1, 0), (128, 2, 0, 0), (64, 2, 0, 1), (64, 3, 0, 2)),
+    "_dkv": ((64, 3, 0, 0), (64, 3, 1, 0), (64, 3, 0, 1), (128, 2, 0, 1)),
+}
+_TRIED_WIDE = {"_dq": ((64, 2, 1, 1), (64, 2, 1, 2)), "_dkv": ((64, 2, 0, 1),)}
+
+
+def _candidates(key: tuning.Key) -> list[tuning.Blocks]:
+    """The heuristic, and it with sizes of one kernel changed, or with persistent blocks."""
+    usual = heuristic(key)
+    found, wide = [usual], only_wide(*whole_widths(key.H, key.V))
+    for end in ENDS[key.direction]:
+        tried = _TRIED[end]
+        if wide and end:
+            tried = (*(x for x in tried if x[3]), *_TRIED_WIDE[end])
+        for other, stages, *rest in tried:
+            rows = (other, ROWS) if end == "_dkv" else (ROWS, other)
+            sizes = _named(end, *rows, stages, **dict(zip(("turns", "wide"), rest)))
+            found.append(usual | sizes)
+        found.append(usual | {f"persistent{end}": 1})
+        found += [usual | {"persistent": 1, "ahead": 0}] if not end else []
+    return [
+        blocks for i, blocks in enumerate(found)
+        if blocks not in found[:i] and _refuses(key, blocks) is None
+    ]
+
+
+def _refuses(key: tuning.Key, blocks: tuning.Blocks) -> str | None:
+    return next((reason for refused, reason in _limits(key, blocks) if refused), None)
+
+
+def _limits(key: tuning.Key, blocks: tuning.Blocks) -> Iterator[tuple[bool, str]]:
+    H, V = whole_widths(key.H, key.V)
+    names = [field + end for end in ENDS[key.direction] for field in FIELDS[end]]
+    yield set(names) != set(blocks), f"the sizes are not {', '.join(names)}"
+    for end in ENDS[key.direction]:
+        sizes = {field: blocks[field + end] for field in FIELDS[end]}
+        own, other = ("block_k", "block_q") if end == "_dkv" else ("block_q", "block_k")
+        yield sizes[own] != ROWS, (
+            f"{own}{end} = {sizes[own]} is not the {ROWS} rows of two warpgroups"
+        )
+        yield sizes[other] not in (64, 128), f"{other}{end} = {sizes[other]} is not 64 or 128"
+        yield sizes["stages"] < 2, f"stages{end} = {sizes['stages']} leaves no tile in flight"
+        for field, size in sizes.items():
+            yield _flag(field, end) and size not in (0, 1), f"{field}{end} = {size} is not 0 or 1"
+            yield size < 0, f"{field}{end} = {size} is below 0"
+            yield bool(size and sizes.get("wide") and field + end in NOT_WIDE), (
+                f"{field}{end} = {size}: the kernel of wide heads has none"
+            )
+        room = _shared_kb(end, sizes, H, V)
+        yield room > SHARED_KB, (
+            f"{'forward' if not end else end[1:]}: the tiles of H = {H}, V = {V} take {room} KB of "
+            f"shared memory, there are {SHARED_KB}"
+        )
+        if end:
+            # A thread holds so many numbers of accumulators and tiles. Beyond that the compiler
+            # spills 2.5 to 7 KB: every number would pass through memory for every tile.
+            narrow_kv = end == "_dkv" and not sizes["wide"]
+            width = H if end == "_dq" else H + V if narrow_kv else max(H, V)
+            held, most = width // 2 + sizes[other], 224 if narrow_kv else 192
+            yield held > most, (
+                f"{other}{end} = {sizes[other]} with H = {H}, V = {V}: {held} registers of a "
+                f"thread hold accumulators and tiles, it has {most} for them"
+            )
+
+
+def _shared_kb(end: str, sizes: dict[str, int], H: int, V: int) -> int:
+    """What the kernel allocates but for its barriers, each array in whole KB; 2 bytes a number."""
+    other, stages = sizes["block_q" if end == "_dkv" else "block_k"], sizes["stages"]
+    wide = sizes.get("wide", 0)
+    rings = [2 * stages * other * H, 2 * (wide if end == "_dq" and wide else stages) * other * V]
+    queue = sizes["persistent"]
+    if end == "":  # o takes the place of q; lse
+        unit, tiles = math.lcm(8 * H, 8 * V), 2 if queue and sizes["ahead"] else 1
+        arrays = [4 * tiles * (-(-64 * max(H, V) // unit) * unit), 4 * ROWS]
+    elif end == "_dq":
+        arrays = [2 * ROWS * H, 2 * ROWS * V]
+    else:  # a block of the kernel of wide heads owns half of the rows; lse and delta
+        own = 64 if wide else ROWS
+        arrays = [2 * own * H, 2 * own * V, *[4 * stages * other] * 2]
+        arrays += [4 * 64 * other] if wide else []
+    scratch = 0 if wide else SCRATCH_KB
+    return sum(-(-size // KB) for size in (*rings, *arrays)) + scratch + queue
+
+
+def _tile(role: str, blocks: tuning.Blocks) -> tuning.Tile:
+    end = {"forward": "", "dq": "_dq", "dkv": "_dkv"}[role]
+    return tuning.Tile(blocks[f"block_q{end}"], blocks[f"block_k{end}"])
+
+
+tuning.register("gpu", tuning.Space(
+    heuristic, _candidates, _refuses, _tile, across_masks=False, modified=False
+))
