@@ -3,6 +3,9 @@
 For a target that is not here the static cycle model ranks the candidates (TPUs; rows say
 ``predicted``); on an accelerator they are timed (rows say ``measured``). A row is one
 implementation, pass and call; writing it again replaces it.
+
+The kernels of a backward pass (sizes ending in ``_dq`` and ``_dkv``) do not touch each other's
+time: measured, each is chosen by itself, the second beside the best of the first.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from attnlab.analysis import aot, lab
+from attnlab.analysis.printing import table
 from attnlab.analysis.targets import Target, find
 from attnlab.core.dispatch import Device
 from attnlab.core.errors import ConfigError, ImplementationError
@@ -26,6 +31,7 @@ from attnlab.ops.attention.shapes import Shape
 
 TIE = 1.01  # among candidates this close to the fastest, the one with the least VMEM wins
 ERROR = 2e-2  # relative error in bf16 above which a candidate is not timed
+KERNELS = ("_dq", "_dkv")  # endings of the sizes of one kernel
 Timer = Callable[[Callable[..., Any], Sequence[Any]], float]
 
 
@@ -48,6 +54,11 @@ def main(args: argparse.Namespace) -> int:
     shapes = lab.shapes_of(args.shape or ["primary"])
     folder = Path(args.out) if args.out else Path(__file__).parent.parent / "data" / "tuned"
     written = 0
+    if args.budget is not None and (targets or not args.budget > 0):
+        raise ConfigError(
+            f"--budget {args.budget:g}{' with a target' if targets else ''}",
+            "is how many minutes measuring here may take", "give minutes, and no target",
+        )
     if targets:
         for target in targets:
             if target.platform != "tpu":
@@ -66,14 +77,20 @@ def main(args: argparse.Namespace) -> int:
                 "pass --target v5e or --all-targets",
             )
         print(f"{device.kind}: measured here")
-        written = write(folder, device.kind, measured(device, shapes, args.impl or (), seconds))
+        limit_s = math.inf if args.budget is None else 60 * args.budget
+        rows = measured(device, shapes, args.impl or (), seconds, limit_s)
+        written = write(folder, device.kind, rows)
     return 0 if written else 1
 
 
 def passes(
     device: Device, shapes: Sequence[Shape], names: Sequence[str]
 ) -> Iterator[tuple[Shape, tuning.Key]]:
-    """Every shape, implementation and pass that there is something to choose for."""
+    """Every shape, implementation and pass that there is something to choose for.
+
+    Says which shapes an implementation leaves out and why, among them those with a logit cap where
+    its tuned rows serve plain calls only.
+    """
     chosen = list(names) or [n for n in OP.order[device.platform] if n in tuning.SPACES]
     if not chosen:
         raise ConfigError(
@@ -81,9 +98,13 @@ def passes(
             "name one with --impl",
         )
     for name in chosen:
-        tuning.space(name)
+        space = tuning.space(name)
         for shape in shapes:
-            if OP.implementations[name].supports(shape.call(device)) is not None:
+            reason = OP.implementations[name].supports(shape.call(device))
+            if reason is None and shape.logit_cap is not None and not space.modified:
+                reason = "it has a logit cap, and tuned rows serve calls without"
+            if reason is not None:
+                print(f"{name} {shape.name}: left out: {reason}")
                 continue
             directions = tuning.DIRECTIONS[: 1 if "forward_only" in shape.tags else 2]
             for direction in directions:
@@ -121,46 +142,83 @@ def predicted(
 
 
 def measured(
-    device: Device, shapes: Sequence[Shape], names: Sequence[str], timer: Timer
+    device: Device, shapes: Sequence[Shape], names: Sequence[str], timer: Timer,
+    limit_s: float = math.inf,
 ) -> Iterator[dict[str, Any]]:
     """The rows of the device that is here: each candidate is compared with XLA, then timed.
 
     Args:
         timer: ``(function, arguments) -> seconds`` of one call of a compiled function. Of a
             backward pass the whole of forward and backward is timed.
+        limit_s: no pass is begun after so many seconds.
     """
     import jax
-    import jax.numpy as jnp
 
     from attnlab.analysis.aot_cell import program
 
+    started = time.perf_counter()
     versions = {name: aot.version(name) for name in ("jax", "jaxlib")}
-    for shape, key in passes(device, shapes, names):
+    waiting = list(passes(device, shapes, names))
+    for done, (shape, key) in enumerate(waiting):
+        if time.perf_counter() - started > limit_s:
+            left = ", ".join(_label(shape, key) for shape, key in waiting[done:])
+            print(f"the budget of {limit_s / 60:g} minutes is spent, left out: {left}")
+            return
+        candidates, usual = _candidates(key), tuning.space(key.implementation).default(key)
+        if candidates == [usual]:
+            print(f"{_label(shape, key)}: nothing to choose, only the heuristic fits")
+            continue
         f, arrays = program(shape, key.implementation, key.direction)
         keys = jax.random.split(jax.random.key(0), len(arrays))
         args = [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, arrays)]
         wanted = jax.jit(program(shape, "xla", key.direction)[0])(*args)
-        trials = []
-        for blocks in _candidates(key):
-            try:
-                with tuning.forcing(blocks):
-                    run = jax.jit(lambda *a, f=f: f(*a)).lower(*args).compile()
-                found = run(*args)
-            except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
-                trials.append(Trial(blocks, None, error=str(error).splitlines()[0][:160]))
-                continue
-            worst = max(
-                float(jnp.linalg.norm((a - b).astype(jnp.float32).ravel())
-                      / jnp.linalg.norm(b.astype(jnp.float32).ravel()))
-                for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted))
-            )
-            if not worst <= ERROR:
-                raise ImplementationError(
-                    f"{key.implementation} with {blocks} on {shape.name}",
-                    f"differs from XLA by {worst:.1e}, more than {ERROR:.0e}", "report it",
-                )
-            trials.append(Trial(blocks, timer(run, args) * 1e3))
+        trials: list[Trial] = []
+        for group in by_kernel(usual, candidates):
+            base = best(trials)
+            before = usual if base is None else base.blocks
+            for changed in group:
+                trials.append(_trial(shape, key, before | changed, f, args, wanted, timer))
         yield from _row(shape, key, trials, "measured", versions)
+
+
+def by_kernel(
+    usual: tuning.Blocks, candidates: Sequence[tuning.Blocks]
+) -> list[list[tuning.Blocks]]:
+    """What the candidates change of the heuristic, in groups: first changes of the whole pass (none
+    is one of them), then those of a single kernel."""
+    found: dict[str, list[tuning.Blocks]] = {"": []}
+    for blocks in candidates:
+        changed = {name: size for name, size in blocks.items() if size != usual[name]}
+        ends = [end for end in KERNELS if changed and all(name.endswith(end) for name in changed)]
+        found.setdefault(ends[0] if ends else "", []).append(changed)
+    return [group for group in found.values() if group]
+
+
+def _trial(shape: Shape, key: tuning.Key, blocks, f, args, wanted, timer: Timer) -> Trial:
+    """Compile, compare with what XLA ``wanted``, time.
+
+    Raises ImplementationError where the results differ.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    try:
+        with tuning.forcing(blocks):
+            run = jax.jit(lambda *a: f(*a)).lower(*args).compile()
+        found = run(*args)
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        return Trial(blocks, None, error=str(error).splitlines()[0][:160])
+    worst = max(
+        float(jnp.linalg.norm((a - b).astype(jnp.float32).ravel())
+              / jnp.linalg.norm(b.astype(jnp.float32).ravel()))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted))
+    )
+    if not worst <= ERROR:
+        raise ImplementationError(
+            f"{key.implementation} with {blocks} on {shape.name}",
+            f"differs from XLA by {worst:.1e}, more than {ERROR:.0e}", "report it",
+        )
+    return Trial(blocks, timer(run, args) * 1e3)
 
 
 def seconds(run: Callable[..., Any], args: Sequence[Any]) -> float:
@@ -191,9 +249,13 @@ def best(trials: Sequence[Trial]) -> Trial | None:
     return min(near, key=lambda trial: (trial.vmem, trial.ms))
 
 
+def _label(shape: Shape, key: tuning.Key) -> str:
+    return f"{key.implementation} {key.direction} {shape.name}"
+
+
 def _row(shape: Shape, key: tuning.Key, trials, basis: str, versions) -> Iterator[dict[str, Any]]:
     winner = best(trials)
-    label = f"{key.implementation} {key.direction} {shape.name}"
+    label = _label(shape, key)
     if winner is None:
         print(f"{label}: no candidate works: {trials[0].error if trials else 'there is none'}")
         return
@@ -202,11 +264,24 @@ def _row(shape: Shape, key: tuning.Key, trials, basis: str, versions) -> Iterato
     against = "" if plain is None else f", the heuristic {plain:.3f} ms"
     sizes = " ".join(f"{name}={size}" for name, size in winner.blocks.items())
     print(f"{label}: {sizes}: {winner.ms:.3f} ms {basis}{against}")
+    _show(trials, usual, plain)
     yield {
         **dataclasses.asdict(key.bucket()), "blocks": winner.blocks, "ms": round(winner.ms, 4),
         "basis": basis, "shape": shape.name, "versions": dict(versions),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def _show(trials: Sequence[Trial], usual: tuning.Blocks, plain: float | None) -> None:
+    """Print every candidate, fastest first: its time, also over the heuristic's, and its sizes."""
+    lines = []
+    for trial in sorted(trials, key=lambda t: math.inf if t.ms is None else t.ms):
+        changed = [f"{n}={size}" for n, size in trial.blocks.items() if size != usual.get(n)]
+        times = ["-", "-"] if trial.ms is None else [
+            f"{trial.ms:.3f}", "-" if plain is None else f"{trial.ms / plain:.3f}"
+        ]
+        lines.append([*times, " ".join(changed) or "the heuristic", trial.error])
+    table(("ms", "/ heuristic", "sizes", ""), lines)
 
 
 def write(folder: Path, kind: str, rows: Iterator[dict[str, Any]]) -> int:

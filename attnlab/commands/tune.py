@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attnlab.commands.parsing import Args, Parser
+from attnlab.commands.parsing import Args, Parser, number
 
 
 def parser(p: Parser) -> None:
@@ -16,6 +16,8 @@ def parser(p: Parser) -> None:
                    help="shapes of ops/attention/shapes.py, or their tags (default: primary)")
     p.add_argument("--impl", nargs="+", metavar="NAME",
                    help="implementations (default: those with block sizes on the device)")
+    p.add_argument("--budget", type=number, metavar="MINUTES",
+                   help="measuring: begin no pass after so many (default: no limit)")
     p.add_argument("--out", metavar="FOLDER",
                    help="where the tables are (default: the package's own, attnlab/data/tuned)")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from attnlab import cli
@@ -12,7 +14,8 @@ from attnlab.analysis import aot, lab, tune
 from attnlab.analysis.targets import find
 from attnlab.core.dispatch import Device, compiling_for
 from attnlab.core.errors import ConfigError, ImplementationError
-from attnlab.ops.attention import OP, tuning, xla
+from attnlab.ops.attention import OP, attention, gpu_sizes, tuning, xla
+from attnlab.ops.attention.gpu_backward_wide import Config as Wide
 from attnlab.ops.attention.shapes import Shape
 
 (GPT2,) = lab.shapes_of(["gpt2-small-1k"])
@@ -100,6 +103,144 @@ def test_measured_rows(here):
     assert all(row["basis"] == "measured" and row["versions"]["jax"] for row in rows)
 
 
+WIDE = Shape("wide", 1, 256, 2, 1, 128, 128)
+H200 = Device("gpu", "NVIDIA H200")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """XLA in place of the Hopper kernels, with their sizes; returns the sizes of each trace."""
+    seen = []
+
+    def forward(q, k, v, **facts):
+        sizes = gpu_sizes.Sizes.of(q, v, facts["mask"], facts["layout"], None, False)
+        seen.append({"forward": sizes.forward, "backward": sizes.backward})
+        return xla.forward(q, k, v, **facts)
+
+    stub = dataclasses.replace(
+        OP.implementations["gpu"], supports=lambda call: None, forward=forward
+    )
+    monkeypatch.setitem(OP.implementations, "gpu", stub)
+    return seen
+
+
+def clocked(seen):
+    """A timer by the sizes in use: wide kernels gain a quarter each, the forward likes 64 keys."""
+
+    def timer(run, args):
+        forward, (dq, dkv) = seen[-1]["forward"], seen[-1]["backward"]
+        ms = [1.0 if forward.block_k == 64 else 2.0]
+        if len(args) == 4:
+            ms += [x * (0.75 if isinstance(c, Wide) else 1.0) for c, x in ((dq, 2.0), (dkv, 4.0))]
+            ms.append(0.1 * (dkv.stages != 3))
+        return sum(ms) / 1e3
+
+    return timer
+
+
+def test_hopper_rows(hopper, tmp_path, monkeypatch, capsys):
+    """Measured on a device that is not here, written, and read by the next call."""
+    with compiling_for(H200):
+        timed = tune.measured(H200, [WIDE], ["gpu"], clocked(hopper))
+        assert tune.write(tmp_path, H200.kind, timed) == 2
+    tried = len(hopper)
+    found = json.loads((tmp_path / "nvidia_h200.json").read_text())
+    rows = {row["direction"]: row for row in found["rows"]}
+    assert {row["basis"] for row in found["rows"]} == {"measured"}
+    assert rows["forward"]["ms"] == 1.0 and rows["forward"]["blocks"]["block_k"] == 64
+    # The forward beside it is the heuristic's: the table is not read before it is the package's.
+    assert rows["backward"]["ms"] == 2.0 + 1.5 + 3.0
+    winner = rows["backward"]["blocks"]
+    assert winner["wide_dq"] and winner["wide_dkv"], "dk, dv beside the best dq"
+    assert tried == len(tuning.space("gpu").candidates(lab.key_of(WIDE, "gpu", "forward"))) + len(
+        tuning.space("gpu").candidates(lab.key_of(WIDE, "gpu", "backward"))
+    ), "every kernel by itself, not the product"
+    out = capsys.readouterr().out
+    assert "6.500 ms measured, the heuristic 8.000 ms" in out
+    assert "8.000  1.000        the heuristic" in out
+    assert any(line.startswith("6.500  0.812") and "wide_dkv=1" in line
+               for line in out.splitlines())
+
+    monkeypatch.setattr(tuning, "table", lambda kind: tuple(found["rows"]))
+    x = jnp.zeros((1, 300, 2, 128), jnp.bfloat16)
+    with compiling_for(H200):
+        jax.eval_shape(lambda x: attention(x, x, x, impl="gpu"), x)
+    assert hopper[-1]["forward"].block_k == 64
+    assert all(isinstance(config, Wide) for config in hopper[-1]["backward"])
+
+
+def test_what_gpu_leaves_out(hopper, capsys):
+    """Calls that no tuned row serves, and passes where only the heuristic fits."""
+    cap = dataclasses.replace(WIDE, name="cap", logit_cap=5.0)
+    lone = dataclasses.replace(WIDE, name="lone", H=256, V=256, tags=("forward_only",))
+    with compiling_for(H200):
+        assert not list(tune.measured(H200, [cap, lone], ["gpu"], clocked(hopper)))
+    out = capsys.readouterr().out
+    assert "gpu cap: left out: it has a logit cap, and tuned rows serve calls without" in out
+    assert "gpu forward lone: nothing to choose, only the heuristic fits" in out
+    assert not hopper, "nothing was run for either"
+
+
+def test_rows_of_every_shape_are_found_again():
+    """The key that a row is written for is that of the call, else nothing ever reads it."""
+    for shape in lab.SHAPES:
+        call = shape.call(H200)
+        if max(shape.H, shape.V) > 256:
+            continue
+        q, v = (
+            jax.ShapeDtypeStruct((shape.B, shape.T, *x), jnp.bfloat16)
+            for x in ((shape.N, shape.H), (shape.K, shape.V))
+        )
+        asked = gpu_sizes.Sizes.of(q, v, call.mask, call.layout, None, False).key
+        assert asked == lab.key_of(shape, "gpu", "forward"), shape.name
+
+
+def test_the_budget_ends_between_passes(here, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: now[0])
+
+    def timer(run, args):
+        now[0] += 70
+        return 1.0
+
+    here()
+    with compiling_for(TOY_DEVICE):
+        rows = list(tune.measured(TOY_DEVICE, [TINY], ["toy"], timer, limit_s=120))
+    assert [row["direction"] for row in rows] == ["forward"], "what has begun is finished"
+    out = capsys.readouterr().out
+    assert "the budget of 2 minutes is spent, left out: toy backward tiny" in out
+
+
+def test_by_kernel():
+    usual = {"a_dq": 1, "b_dq": 1, "a_dkv": 1}
+    found = tune.by_kernel(usual, [
+        usual, usual | {"a_dq": 2}, usual | {"a_dkv": 2}, usual | {"a_dq": 3, "b_dq": 3},
+        usual | {"a_dq": 2, "a_dkv": 2},
+    ])
+    assert found == [
+        [{}, {"a_dq": 2, "a_dkv": 2}], [{"a_dq": 2}, {"a_dq": 3, "b_dq": 3}], [{"a_dkv": 2}]
+    ]
+
+
+def test_a_candidate_that_fails_is_said(here, capsys):
+    """The others go on, and the table has its error."""
+
+    def picky(q, k, v, **facts):
+        if tuning.choose(tuning.Key.of("toy", "forward", q, k, v, facts["mask"])).blocks == {
+            "size": 128
+        }:
+            raise ValueError("no room\nfor it")
+        return xla.forward(q, k, v, **facts)
+
+    here(result=picky)
+    times = iter([3.0, 4.0])
+    with compiling_for(TOY_DEVICE):
+        rows = tune.measured(TOY_DEVICE, [TINY], ["toy"], lambda run, args: next(times))
+        assert next(rows)["blocks"] == {"size": 64}
+    assert any(line.startswith("-") and "size=128" in line and line.endswith("no room")
+               for line in capsys.readouterr().out.splitlines())
+
+
 def test_wrong_kernels_are_not_timed(here):
     def wrong(q, k, v, **facts):
         out, lse = xla.forward(q, k, v, **facts)
@@ -111,9 +252,6 @@ def test_wrong_kernels_are_not_timed(here):
 
 
 def test_timing_of_a_call():
-    import jax
-    import jax.numpy as jnp
-
     assert 0 < tune.seconds(jax.jit(lambda x: x + 1), [jnp.zeros(8)]) < 1
 
 
@@ -124,6 +262,9 @@ def test_timing_of_a_call():
     ("tune --target v5e --shape nope", ("--shape nope", "unknown", "gpt2-small-1k")),
     ("tune --target v5e --impl xla", ("'xla'", "no block sizes", "splash")),
     ("tune --target v5e --all-targets", ("not allowed with",)),
+    ("tune --target v5e --budget 5", ("--budget 5 with a target", "measuring here")),
+    ("tune --budget 0", ("--budget 0: is how many minutes", "give minutes")),
+    ("tune --budget soon", ("'soon' is not a number",)),
 ])
 def test_wrong_command_lines(command, wanted, capsys, tmp_path):
     code = cli.main([*command.split(), "--out", str(tmp_path)])
