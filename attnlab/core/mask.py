@@ -478,6 +478,19 @@ def parts(mask: Mask) -> list[Mask]:
     return [mask]
 
 
+def same(a: Mask, b: Mask) -> bool:
+    """Whether two masks are certainly one: equal in all that is static, with the same arrays.
+
+    Arrays count as the same where they are one object; their values may not be known.
+    """
+    (x, x_tree), (y, y_tree) = jax.tree.flatten(a), jax.tree.flatten(b)
+    numbers = (int, np.integer)
+    return x_tree == y_tree and all(
+        p is r or (isinstance(p, numbers) and isinstance(r, numbers) and p == r)
+        for p, r in zip(x, y, strict=True)
+    )
+
+
 def plain(mask: Mask) -> tuple[bool, int | None] | None:
     """``(causal, window)`` if the mask is only causal and window (segments aside), else None."""
     causal, window = False, None

@@ -176,10 +176,15 @@ def _given(
         make_plan, T=T, S=S, layout=layout, scale=scale, score=score, mask=pair
     )
     dense = any(h.group == "dense" for b in (body, seen) if b is not None for h in b.handed)
-    light = layout == "full" and all(isinstance(part, Causal | Full) for part in parts(mask))
+    light = _light(mask, layout)
     static = gpu_attend.Static(make, layout, body, dense, light, value_is_prefix, interpret)
     fixed = values(pair, seen, q_coords, k_coords), mask, q_coords, k_coords
     return static, q, k, v, handed, fixed
+
+
+def _light(mask, layout: str) -> bool:
+    """Whether the mask is at most causal, places counted in the array."""
+    return layout == "full" and all(isinstance(part, Causal | Full) for part in parts(mask))
 
 
 def _whole(x, numbers: int = 64):
@@ -237,7 +242,17 @@ def tiles(H: int, V: int, score: Body | None = None, light: bool = False) -> lis
     return list(dict.fromkeys((c.block_q, c.block_k) for c in configs))
 
 
+def _tiles(call) -> list[tuple[int, int]]:
+    """``tiles`` of a call. Values by query and key may take others, which are built in the call."""
+    score = call.score
+    if score is None and call.logit_cap is not None:
+        score = capped(None, call.logit_cap).program  # type: ignore[union-attr] - there is a cap
+    body = None if score is None else split(score, call.T, call.S)
+    H, V = (-(-width // 64) * 64 for width in (call.H, call.V))
+    return tiles(H, V, body, _light(call.mask, call.layout))
+
+
 IMPLEMENTATIONS = (
-    Implementation("gpu", supports, forward, partitions=False, step=step),
+    Implementation("gpu", supports, forward, partitions=False, step=step, tiles=_tiles),
     Implementation("gpu-wide", supports_wide, forward, partitions=False),
 )
