@@ -478,17 +478,19 @@ def parts(mask: Mask) -> list[Mask]:
     return [mask]
 
 
-def same(a: Mask, b: Mask) -> bool:
-    """Whether two masks are certainly one: equal in all that is static, with the same arrays.
-
-    Arrays count as the same where they are one object; their values may not be known.
-    """
-    (x, x_tree), (y, y_tree) = jax.tree.flatten(a), jax.tree.flatten(b)
-    numbers = (int, np.integer)
-    return x_tree == y_tree and all(
-        p is r or (isinstance(p, numbers) and isinstance(r, numbers) and p == r)
-        for p, r in zip(x, y, strict=True)
-    )
+def same(a: Any, b: Any) -> bool:
+    """Whether two masks are certainly one: equal in all that is static, with the very same arrays
+    (their values may not be known). jax's ``==`` of tree structures takes ``&`` for ``|``."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if dataclasses.is_dataclass(a):
+        names = [field.name for field in dataclasses.fields(a)]
+        return all(same(getattr(a, name), getattr(b, name)) for name in names)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return isinstance(a, int) and a == b
 
 
 def plain(mask: Mask) -> tuple[bool, int | None] | None:
