@@ -40,6 +40,7 @@ from attnlab.core.mask import (
 NONE, PARTIAL, FULL = 0, 1, 2
 MOST_RUNS = 16  # stored for a row of tiles at least, where there are so many tiles
 ROOM = 2**20  # runs stored for all rows of tiles, if that is more
+SCOPE = "block_lists"  # name of what the device computes here, in profiles
 
 
 @jax.tree_util.register_dataclass
@@ -86,6 +87,7 @@ class BlockLists:
     def rows(self) -> int:
         return self.full.start.shape[2]
 
+    @jax.named_scope(SCOPE)
     def longest_first(self) -> jax.Array:
         """Rows by their number of tiles, so that the last programs to start are short: int32
         ``[R]``."""
@@ -93,6 +95,7 @@ class BlockLists:
             return self.table[0, 0, :, 0]
         return jnp.asarray(self._order(self._module()))
 
+    @jax.named_scope(SCOPE)
     def work(self) -> jax.Array:
         """What a kernel must know of a row, in one place: int32 ``[., ., R, 10]``, rows in the
         order of ``longest_first``. Columns: row, tiles, then of the full and of the partial runs
@@ -159,7 +162,7 @@ def block_lists(
             "use blocks that the tiles divide, or smaller tiles",
         )
     host = on_host(mask, layout)
-    with jax.ensure_compile_time_eval() if host else jax.named_scope("block_lists"):
+    with jax.ensure_compile_time_eval() if host else jax.named_scope(SCOPE):
         rule = _Rule.of(rest, q, k, block_q, block_k, layout, host)
         if listed:
             full, partial = _from_lists(listed[0], rule, transposed)
