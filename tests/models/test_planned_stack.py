@@ -9,6 +9,9 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +21,23 @@ from flax import nnx
 from jax.extend import core as jex
 
 from attnlab.core import versions
-from attnlab.core.dispatch import Device, Implementation, recording
+from attnlab.core.dispatch import Device, Implementation, compiling_for, recording
 from attnlab.core.mask import Causal, Mask, MaskMod
 from attnlab.core.registry import build_config
 from attnlab.core.types import Precision, Seq
 from attnlab.layers.gqa import GQAConfig
 from attnlab.models.decoder import DecoderConfig
-from attnlab.ops.attention import OP, blocks, gpu, tpu, tuning
+from attnlab.ops.attention import (
+    OP,
+    attention,
+    blocks,
+    gpu,
+    gpu_attend,
+    tpu,
+    tpu_attend,
+    triton,
+    tuning,
+)
 from attnlab.testing.budget import identical
 from attnlab.testing.fixtures import pack
 
@@ -248,38 +261,58 @@ def test_caches_know_no_plans(listed):
         identical(*found)
 
 
-@pytest.mark.parametrize("kind", ["tpu", "gpu"])
+class NoTriton(types.ModuleType):
+    """The kernels of a module that needs triton; nothing looks at them."""
+
+    attention_fwd = attention_dq = attention_dkv = None
+
+
+def without_launch(monkeypatch):
+    """The Triton kernels up to their launch, which needs no triton."""
+    for name in ("forward", "backward"):
+        module = f"attnlab.ops.attention.triton_{name}"
+        monkeypatch.setitem(sys.modules, module, NoTriton(module))
+    forward = functools.partial(
+        triton.forward, launch=lambda call: [jnp.zeros(x.shape, x.dtype) for x in call.outs]
+    )
+    made = dataclasses.replace(triton.IMPLEMENTATION, forward=forward, supports=lambda call: None)
+    monkeypatch.setitem(OP.implementations, "triton", made)
+
+
+DEVICES = {
+    "tpu": Device("tpu", "TPU v5 lite"), "gpu": Device("gpu", "NVIDIA H200"),
+    "triton": Device("gpu", "NVIDIA L40S"),
+}
+MODULES = {"tpu": tpu_attend, "gpu": gpu_attend, "triton": triton}
+PLACES = {"full": {}, "packed": dict.fromkeys(("positions", "segments"), np.ones((1, 300), int))}
+
+
+@pytest.mark.parametrize("kind", DEVICES)
 def test_tiles_are_those_that_are_read(kind, monkeypatch):
     """What an implementation declares is what its kernels ask for, forward and backward."""
-    from attnlab.core.dispatch import compiling_for
-    from attnlab.ops.attention import attention, gpu_attend, tpu_attend
-
     if kind == "gpu" and versions.JAX < (0, 11, 2):
         pytest.skip("Mosaic GPU kernels need jax >= 0.11.2")
-    device = Device(*{"tpu": ("tpu", "TPU v5 lite"), "gpu": ("gpu", "NVIDIA H200")}[kind])
-    read = []
+    if kind == "triton":
+        without_launch(monkeypatch)
+    read = set()
 
     def listing(mask, q, k, *, block_q, block_k, **more):
-        read.append((block_q, block_k))
+        read.add((block_q, block_k))
         return blocks.block_lists(mask, q, k, block_q=block_q, block_k=block_k, **more)
 
-    monkeypatch.setattr({"tpu": tpu_attend, "gpu": gpu_attend}[kind], "block_lists", listing)
+    monkeypatch.setattr(MODULES[kind], "block_lists", listing)
     widths = ((64, 64), (128, 128), (192, 128), (256, 256), (80, 40))
-    for (H, V), cap, layout in ((w, c, s) for w in widths for c in (None, 3.0) for s in LAYOUTS):
+    for (H, V), cap, layout in itertools.product(widths, (None, 3.0), PLACES):
         q, k, v = (jax.ShapeDtypeStruct((1, 300, n, w), jnp.bfloat16)
                    for n, w in ((4, H), (2, H), (2, V)))
-        row = jnp.zeros((1, 300), jnp.int32)
-        where = {"full": {}, "packed": dict(positions=row, segments=row, layout="packed")}[layout]
 
-        def loss(q, k, v, cap=cap, where=where):
-            o = attention(q, k, v, logit_cap=cap, impl=kind, **where)
+        def loss(q, k, v, cap=cap, layout=layout):
+            where = jax.tree.map(jnp.int32, PLACES[layout])
+            o = attention(q, k, v, logit_cap=cap, impl=kind, layout=layout, **where)
             return o.astype(jnp.float32).sum()
 
         read.clear()
-        with compiling_for(device), recording() as rows:
+        with compiling_for(DEVICES[kind]), recording() as rows:
             jax.eval_shape(jax.grad(loss, (0, 1, 2)), q, k, v)
-            call = rows[0][1]
-            assert set(OP.implementations[kind].tiles(call)) == set(read), (H, V, cap, layout)
-
-
-LAYOUTS = ("full", "packed")
+            declared = OP.implementations[kind].tiles(rows[0][1])
+        assert read and set(declared) == read, (H, V, cap, layout)
