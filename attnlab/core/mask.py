@@ -479,8 +479,10 @@ def parts(mask: Mask) -> list[Mask]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two masks are certainly one: equal in all that is static, with the very same arrays
-    (their values may not be known). jax's ``==`` of tree structures takes ``&`` for ``|``."""
+    """Whether two masks are certainly one: alike in all that is static, with the very same arrays.
+
+    The values of arrays may not be known. (jax's ``==`` of tree structures takes ``&`` for ``|``.)
+    """
     if a is b:
         return True
     if type(a) is not type(b):

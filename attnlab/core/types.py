@@ -102,8 +102,7 @@ class Seq:
         return mask
 
     def keywords(self, mask: Mask, heads: int) -> dict[str, Any]:
-        """What ``attention`` is told of these tokens: ``mask`` (see ``planned``) and their places.
-        """
+        """What ``attention`` is told of these tokens: the planned ``mask`` and where they stand."""
         return dict(
             mask=self.planned(mask, heads), positions=self.positions, segments=self.segments,
             layout=self.layout,

@@ -244,15 +244,18 @@ def tiles(H: int, V: int, score: Body | None = None, light: bool = False) -> lis
 
 def _tiles(call) -> list[tuple[int, int]]:
     """``tiles`` of a call. Values by query and key may take others, which are built in the call."""
+    H, V = (-(-width // 64) * 64 for width in (call.H, call.V))
+    if _wide(call):
+        config = forward_config(H, V + V % 128)
+        return [(config.block_q, config.block_k)]
     score = call.score
     if score is None and call.logit_cap is not None:
         score = capped(None, call.logit_cap).program  # type: ignore[union-attr] - there is a cap
     body = None if score is None else split(score, call.T, call.S)
-    H, V = (-(-width // 64) * 64 for width in (call.H, call.V))
     return tiles(H, V, body, _light(call.mask, call.layout))
 
 
 IMPLEMENTATIONS = (
     Implementation("gpu", supports, forward, partitions=False, step=step, tiles=_tiles),
-    Implementation("gpu-wide", supports_wide, forward, partitions=False),
+    Implementation("gpu-wide", supports_wide, forward, partitions=False, tiles=_tiles),
 )
