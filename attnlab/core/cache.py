@@ -30,6 +30,11 @@ def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
+def moves(seq: Seq) -> bool:
+    """Whether ``compact`` moves tokens."""
+    return seq.segments is not None and seq.layout == "any" and seq.segments.shape[1] > 1
+
+
 def compact(
     x: jax.Array, seq: Seq
 ) -> tuple[jax.Array, Seq, Callable[[jax.Array], jax.Array]]:
@@ -38,15 +43,14 @@ def compact(
     For mechanisms that read "the token before" (convolutions, recurrences): where padding stands
     left of a chunk or between tokens, that is not the neighbour in the array. After a stable move
     to the front it is, and the state a chunk leaves ends at its number of real tokens. Moves
-    nothing where the layout promises order or there is no padding.
+    nothing where the layout promises order or there is no padding. Moved tokens have no plans.
     """
-    if seq.segments is None or seq.layout != "any" or seq.segments.shape[1] == 1:
+    if seq.segments is None or not moves(seq):
         return x, seq, lambda y: y
     order = jnp.argsort(seq.segments == 0, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
-    moved = dataclasses.replace(
-        seq, positions=take_rows(seq.positions, order), segments=take_rows(seq.segments, order)
-    )
+    positions, segments = (take_rows(x, order) for x in (seq.positions, seq.segments))
+    moved = dataclasses.replace(seq, positions=positions, segments=segments, plans=None)
     return take_rows(x, order), moved, lambda y: take_rows(y, back)
 
 

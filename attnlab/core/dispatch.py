@@ -59,7 +59,9 @@ class Implementation:
         name: what ``impl=`` says. supports: given the static facts of a call, None for yes or the
             reason for no. forward: the function, differentiable. partitions: XLA can cut it over a
             mesh by itself; where not (Pallas kernels), the op maps it over the shards. step: the
-            form that goes on from a carried state, or None (see ``ops.attention.carry``).
+            form that goes on from a carried state, or None (see ``ops.attention.carry``). tiles:
+            given a call that it serves, the tiles of the block lists that the call and its gradient
+            read, ``(block_q, block_k)`` each; None where it reads no lists.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Implementation:
     forward: Callable[..., Any]
     partitions: bool = True
     step: Callable[..., Any] | None = None
+    tiles: Callable[[Any], Sequence[tuple[int, int]]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,6 +97,14 @@ class LayerConfig:
                 f"{name} = {value}", "must be positive", "leave it out for the default",
             )
 
+    def plan(self, seq: Seq, impl: Any = None) -> Seq:
+        """``seq`` with what the training pass of this layer needs of it and no activation changes.
+
+        A stack calls it once for each of its layers and hands the result to all of them. A layer
+        must do without; by default nothing is planned. See ``ops.attention.ahead``.
+        """
+        return seq
+
     def build(self, rngs: nnx.Rngs) -> Layer:
         raise NotImplementedError(f"{type(self).__name__}.build")
 

@@ -478,6 +478,23 @@ def parts(mask: Mask) -> list[Mask]:
     return [mask]
 
 
+def same(a: Any, b: Any) -> bool:
+    """Whether two masks are certainly one: alike in all that is static, with the very same arrays.
+
+    The values of arrays may not be known. (jax's ``==`` of tree structures takes ``&`` for ``|``.)
+    """
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if dataclasses.is_dataclass(a):
+        names = [field.name for field in dataclasses.fields(a)]
+        return all(same(getattr(a, name), getattr(b, name)) for name in names)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return isinstance(a, int) and a == b
+
+
 def plain(mask: Mask) -> tuple[bool, int | None] | None:
     """``(causal, window)`` if the mask is only causal and window (segments aside), else None."""
     causal, window = False, None

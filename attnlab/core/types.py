@@ -15,12 +15,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from attnlab.core.errors import ConfigError, ShapeError
+from attnlab.core.mask import Mask, same
 
 Layout = Literal["full", "packed", "any"]
 LAYOUTS: tuple[str, ...] = ("full", "packed", "any")
 
 
-@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plans:
+    """Masks planned for the tokens of one ``Seq`` (``ops.attention.ahead``).
+
+    Args:
+        positions, segments: of these tokens, the very arrays.
+        masks: ``(mask, planned)`` each, the mask as a layer names it, and with its block lists.
+        heads: N of each.
+    """
+
+    positions: Any
+    segments: Any
+    masks: tuple[tuple[Mask, Mask], ...]
+    heads: tuple[int, ...]
+
+
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Seq:
     """Where each token of a batch stands.
@@ -33,6 +50,7 @@ class Seq:
             ``"full"``: one document a row, positions ``0..T-1``, no segments;
             ``"packed"``: documents laid end to end, positions restart at 0 with each, padding only
             at the end; ``"any"``: nothing is promised.
+        plans: what a stack of layers has planned for these tokens, see ``planned``.
 
     Variants with convolutions or shifts (CCA) take the token before in a segment from the order of
     the array, so the tokens of a segment must stand together there, in ascending position, and a
@@ -42,7 +60,8 @@ class Seq:
 
     positions: Int[Array, "B T"]
     segments: Int[Array, "B T"] | None = None
-    layout: Layout = dataclasses.field(default="any", metadata={"static": True})
+    layout: Layout = "any"
+    plans: Plans | None = None
 
     @staticmethod
     def full(batch: int, length: int) -> Seq:
@@ -67,6 +86,71 @@ class Seq:
                 f"is one of {', '.join(LAYOUTS)}; packed documents have segments",
                 'pass the segments, or layout="any"',
             )
+
+    def planned(self, mask: Mask, heads: int) -> Mask:
+        """``mask`` with the block lists planned for ``heads`` heads; as it is where there are none.
+
+        Raises ConfigError where the plans are those of other tokens.
+        """
+        plans = self.plans
+        if plans is None:
+            return mask
+        self._check_plans(plans)
+        for (named, found), N in zip(plans.masks, plans.heads, strict=True):
+            if N == heads and same(named, mask):
+                return found
+        return mask
+
+    def keywords(self, mask: Mask, heads: int) -> dict[str, Any]:
+        """What ``attention`` is told of these tokens: the planned ``mask`` and where they stand."""
+        return dict(
+            mask=self.planned(mask, heads), positions=self.positions, segments=self.segments,
+            layout=self.layout,
+        )
+
+    def with_plan(self, mask: Mask, heads: int, planned: Mask) -> Seq:
+        """This, with ``planned`` as the answer of ``self.planned(mask, heads)``.
+
+        Raises ConfigError where it has plans of other tokens.
+        """
+        kept = []
+        if self.plans is not None:
+            self._check_plans(self.plans)
+            kept = [
+                (pair, N) for pair, N in zip(self.plans.masks, self.plans.heads, strict=True)
+                if N != heads or not same(pair[0], mask)
+            ]
+        masks, numbers = zip(*kept, ((mask, planned), heads))
+        plans = Plans(self.positions, self.segments, masks, numbers)
+        return dataclasses.replace(self, plans=plans)
+
+    def _own(self, plans: Plans) -> bool:
+        return plans.positions is self.positions and plans.segments is self.segments
+
+    def _check_plans(self, plans: Plans) -> None:
+        if not self._own(plans):
+            raise ConfigError(
+                "seq.plans of other positions or segments", "block lists speak of their tokens",
+                "drop them with dataclasses.replace(seq, plans=None), or plan for these tokens",
+            )
+
+    # Transformations of jax give every leaf another array. Plans of this very Seq stay its own,
+    # others stay foreign: their tokens are no leaves, and None is not what the Seq holds.
+
+    def tree_flatten_with_keys(self):
+        key, plans = jax.tree_util.GetAttrKey, self.plans
+        masks, heads, own = (), (), True
+        if plans is not None:
+            masks, heads, own = plans.masks, plans.heads, self._own(plans)
+        leaves = ("positions", self.positions), ("segments", self.segments), ("plans", masks)
+        return tuple((key(name), x) for name, x in leaves), (self.layout, heads, own)
+
+    @classmethod
+    def tree_unflatten(cls, static, leaves):
+        (layout, heads, own), (positions, segments, masks) = static, leaves
+        tokens = (positions, segments) if own else (None, None)
+        plans = Plans(*tokens, masks, heads) if heads else None
+        return cls(positions, segments, layout, plans)
 
 
 @jax.tree_util.register_dataclass

@@ -39,11 +39,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnlab.core.axes import HEADS, KV_HEADS, WIDTH, normal, parameter, zeros
-from attnlab.core.cache import KVCache, compact, refuse_truncate, segments_of, take_rows
+from attnlab.core.cache import KVCache, compact, moves, refuse_truncate, segments_of, take_rows
 from attnlab.core.layer import Flops, Mode, refuse_policy
 from attnlab.core.linear import project
 from attnlab.core.norm import l2_norm
-from attnlab.core.types import Out
+from attnlab.core.types import Out, Seq
 from attnlab.layers.gqa import GQA, GQAConfig
 
 TemperatureMode = Literal["exp", "raw", "exp_clamp"]
@@ -105,6 +105,9 @@ class CCAConfig(GQAConfig):
         """Rows of u in front of a chunk that its convolutions read."""
         k0, k1 = self.conv_widths
         return (0, k0 - 1, k0 + k1 - 2)[self.convs]
+
+    def plan(self, seq: Seq, impl: Any = None) -> Seq:
+        return seq if moves(seq) else super().plan(seq, impl)
 
     def build(self, rngs: nnx.Rngs) -> CCA:
         return CCA(self, rngs)
@@ -268,7 +271,7 @@ class CCA(GQA):
         *rows, segments = self._rows(x, seq, self.init_cache(x.shape[0], 1))
         one = seq.segments is None or seq.layout == "full"
         q, k, v = self._mix(rows, None if one else segments, seq.positions)
-        o = self._mix_values(q, k, v, seq.positions, seq.segments, seq.layout, impl)
+        o = self._mix_values(q, k, v, impl, **seq.keywords(self.config.mask, q.shape[2]))
         return Out(undo(self._finish(x, seq, o)))
 
     def init_cache(self, batch, capacity, dtype=None, *, policy=None) -> CCACache:

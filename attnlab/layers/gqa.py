@@ -33,6 +33,7 @@ from attnlab.core.paging import Paged, PagedKVCache
 from attnlab.core.rope import Pairing, Rope
 from attnlab.core.types import Out, Seq
 from attnlab.ops.attention import attention
+from attnlab.ops.attention.ahead import plan_ahead
 from attnlab.ops.attention.decode import decode, decode_names
 
 
@@ -134,6 +135,18 @@ class GQAConfig(LayerConfig):
         sight = Window(self.window)
         return Causal() & (sight | SinkTokens(self.sink_tokens) if self.sink_tokens else sight)
 
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Query and key/value heads of the attention that is computed."""
+        return self.num_heads, self.K
+
+    def plan(self, seq: Seq, impl: Any = None) -> Seq:
+        return plan_ahead(
+            seq, mask=self.mask, heads=self.heads, widths=(self.H, self.V),
+            precision=self.precision, sink_logits=self.sink_logits, logit_cap=self.logit_cap,
+            impl=impl,
+        )
+
     def build(self, rngs: nnx.Rngs) -> GQA:
         return GQA(self, rngs)
 
@@ -200,14 +213,15 @@ class GQA(Layer):
         q, k = c.rope.first(q, seq.positions, wide), c.rope.first(k, seq.positions, wide)
         return constrain(q, *HEADS), constrain(k, *KV_HEADS), constrain(v, *KV_HEADS)
 
-    def _mix_values(self, q, k, v, positions, segments, layout, impl) -> jax.Array:
-        """What the heads read, ``[B, T, N, V]``, before the output projection."""
+    def _mix_values(self, q, k, v, impl, **where) -> jax.Array:
+        """What the heads read, ``[B, T, N, V]``, before the output projection.
+
+        ``where``: mask, positions, segments and layout of the tokens, see ``Seq.keywords``.
+        """
         c = self.config
         return attention(
-            q, k, v,
-            mask=c.mask, scale=c.scale, positions=positions, segments=segments, layout=layout,
-            sink_logits=self.sink_logits[...] if c.sink_logits else None, logit_cap=c.logit_cap,
-            softmax_dtype=c.precision.softmax, impl=impl,
+            q, k, v, scale=c.scale, sink_logits=self.sink_logits[...] if c.sink_logits else None,
+            logit_cap=c.logit_cap, softmax_dtype=c.precision.softmax, impl=impl, **where,
         )
 
     def _mix_cached(self, q, seq: Seq, cache, impl, step: bool) -> jax.Array:
@@ -216,12 +230,13 @@ class GQA(Layer):
         A ``step`` is the decode op's, which reads positions and segments of the cache, whatever
         documents a row holds; only an ``impl`` that this op does not have goes the general way.
         """
-        names = decode_names(impl)
+        c, names = self.config, decode_names(impl)
         positions, segments = (seq.positions, cache.positions), (segments_of(seq), cache.segments)
         if not step or names == ():
             k, v = (x.astype(q.dtype) for x in cache.rows())
-            return self._mix_values(q, k, v, positions, segments, "any", impl)
-        c = self.config
+            return self._mix_values(
+                q, k, v, impl, mask=c.mask, positions=positions, segments=segments
+            )
         return decode(
             q, cache.k, cache.v, lengths=cache.length, pages=getattr(cache, "pages", None),
             positions=positions, segments=segments, window=c.window, sink_tokens=c.sink_tokens,
@@ -239,7 +254,7 @@ class GQA(Layer):
     def __call__(self, x, seq, *, impl=None, rng=None, state=None, shared=None) -> Out:
         self.check(x, seq)
         q, k, v = self._project(x, seq)
-        o = self._mix_values(q, k, v, seq.positions, seq.segments, seq.layout, impl)
+        o = self._mix_values(q, k, v, impl, **seq.keywords(self.config.mask, q.shape[2]))
         return Out(self._finish(x, seq, o))
 
     def init_cache(self, batch, capacity, dtype=None, *, policy=None) -> KVCache | PagedKVCache:

@@ -37,6 +37,7 @@ from attnlab.core.norm import rms_norm
 from attnlab.core.rope import Pairing, Rope, Yarn
 from attnlab.core.types import Out, Seq
 from attnlab.ops.attention import attention
+from attnlab.ops.attention.ahead import plan_ahead
 
 Form = Literal["absorbed", "expanded"]
 LATENT = ("batch", "time", "latent")
@@ -147,6 +148,12 @@ class MLAConfig(LayerConfig):
             return self.decode_form
         return "absorbed" if mode == "decode" or tokens < crossover(self) else "expanded"
 
+    def plan(self, seq: Seq, impl: Any = None) -> Seq:
+        return plan_ahead(
+            seq, mask=self.mask, heads=(self.num_heads, self.num_heads), precision=self.precision,
+            widths=(self.H, self.value_dim), impl=impl,
+        )
+
     def build(self, rngs: nnx.Rngs) -> MLA:
         return MLA(self, rngs)
 
@@ -236,9 +243,7 @@ class MLA(Layer):
         latent = constrain(latent, *LATENT)
         return q_nope, q_rope, latent, constrain(k_rope, "batch", "time", None)
 
-    def _attend(
-        self, q_nope, q_rope, latent, k_rope, positions, segments, layout, impl, form: Form
-    ) -> jax.Array:
+    def _attend(self, q_nope, q_rope, latent, k_rope, form: Form, **call) -> jax.Array:
         c = self.config
         up, wide = self.w_ukv[...], c.precision.softmax
         w_uk, w_uv = jnp.split(up.astype(latent.dtype), [c.nope_dim], axis=-1)
@@ -255,10 +260,7 @@ class MLA(Layer):
             q = jnp.concatenate([self._absorb("btnh,rnh->btnr", q_nope, w_uk), q_rope], -1)
             q = constrain(q, *HEADS)
             k, v = jnp.concatenate([latent, k_rope], -1)[:, :, None], latent[:, :, None]
-        o = attention(
-            q, k, v, mask=c.mask, scale=c.logit_scale, positions=positions, segments=segments,
-            layout=layout, softmax_dtype=wide, impl=impl,
-        )
+        o = attention(q, k, v, scale=c.logit_scale, softmax_dtype=wide, **call)
         if form == "absorbed":
             o = self._absorb("btnr,rnv->btnv", o, w_uv)
         o = constrain(o, *HEADS)
@@ -271,30 +273,28 @@ class MLA(Layer):
 
     def __call__(self, x, seq, *, impl=None, rng=None, state=None, shared=None) -> Out:
         self.check(x, seq)
-        parts, form = self._project(x, seq), self.config.form(x.shape[1], "train")
-        return Out(self._attend(*parts, seq.positions, seq.segments, seq.layout, impl, form))
+        parts, where = self._project(x, seq), seq.keywords(self.config.mask, self.config.num_heads)
+        return Out(self._attend(*parts, self.config.form(x.shape[1], "train"), impl=impl, **where))
 
     def init_cache(self, batch, capacity, dtype=None, *, policy=None) -> LatentCache:
         c = self.config
         refuse_policy(c, policy)
-        return LatentCache.empty(
-            batch, capacity, c.kv_rank, c.rope_dim, dtype or c.precision.cache
-        )
+        dtype = dtype or c.precision.cache
+        return LatentCache.empty(batch, capacity, c.kv_rank, c.rope_dim, dtype)
 
     def prefill(self, x, seq, cache: LatentCache, *, impl=None) -> Out:
-        self.check(x, seq)
-        return self._cached(x, seq, cache, impl, self.config.form(x.shape[1], "prefill"))
+        return self._cached(x, seq, cache, impl, "prefill")
 
     def decode(self, x, seq, cache: LatentCache, *, impl=None) -> Out:
-        self.check(x, seq)
         self.check_decode(x)
-        return self._cached(x, seq, cache, impl, self.config.form(x.shape[1], "decode"))
+        return self._cached(x, seq, cache, impl, "decode")
 
-    def _cached(self, x, seq, cache: LatentCache, impl, form: Form) -> Out:
+    def _cached(self, x, seq, cache: LatentCache, impl, mode: Mode) -> Out:
+        self.check(x, seq)
         q_nope, q_rope, latent, k_rope = self._project(x, seq)
         cache = cache.write(seq, latent=latent, k_rope=k_rope)
-        y = self._attend(
+        return Out(self._attend(
             q_nope, q_rope, cache.latent.astype(latent.dtype), cache.k_rope.astype(latent.dtype),
-            (seq.positions, cache.positions), (segments_of(seq), cache.segments), "any", impl, form,
-        )
-        return Out(y, cache)
+            self.config.form(x.shape[1], mode), impl=impl, mask=self.config.mask,
+            positions=(seq.positions, cache.positions), segments=(segments_of(seq), cache.segments),
+        ), cache)

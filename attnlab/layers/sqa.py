@@ -114,6 +114,10 @@ class SQAConfig(GQAConfig):
         """Heads that are computed."""
         return max(self.num_heads, self.K)
 
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.M, self.K
+
     def build(self, rngs: nnx.Rngs) -> SQA:
         return SQA(self, rngs)
 

@@ -6,7 +6,8 @@
 
 The period may mix attention variants (one config each); it is repeated ``repeats`` times. The
 parameters of one place in the period are stacked over the repeats on a leading ``layers`` axis and
-scanned. What a layer writes to ``shared`` is read by later layers of the same repeat; explicit
+scanned. What layers need of the tokens alone (block lists of masks) is made once, in front of the
+stack. What a layer writes to ``shared`` is read by later layers of the same repeat; explicit
 state goes in and comes out stacked like the parameters.
 """
 
@@ -225,6 +226,9 @@ class Decoder(nnx.Module):
         table = constrain(self.embedding[...], "vocab", "width")  # fsdp gathers rows whole
         h = jnp.take(table, tokens, axis=0).astype(c.precision.compute)
         h = constrain(h, "batch", "time", "width")
+        if step == "train":
+            for attention in c.period:
+                seq = attention.plan(seq, impl)
         out = self._repeat(h, seq, caches, state, rng, step, impl)
         wide = jnp.dtype(c.precision.softmax)
         return out._replace(h=rms_norm(out.h, self.final_norm[...], c.norm_eps, wide))

@@ -35,6 +35,20 @@ def test_registers_spills_shared_memory(root, tmp_path):
     assert kernel["shared_bytes"] == (64 * 64 + 2 * 64 * 128) * 2
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_scanned_stack_lists_tiles_once(remat, root):
+    """The compiler would leave the lists of the backward pass in its loop over the layers."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.planned_step", remat], cwd=root,
+        env=os.environ | aot.environment(find("h200")), capture_output=True, text=True,
+        timeout=300, check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["loops"] == 2, "forward and backward"
+    assert found["inside"] == 0 and found["outside"] > 10, found
+
+
 def test_table(capsys):
     code = cli.main("bench attention --target h200 --impl xla --shape gpt2-small-1k".split())
     out = capsys.readouterr().out

@@ -348,7 +348,8 @@ def test_latent_gradient_is_the_sum_of_its_key_and_value_paths(form, x64):
 
     def ours(latent, k_rope):
         y = module._attend(
-            q_nope, q_rope, latent, k_rope, seq.positions, None, "full", None, form
+            q_nope, q_rope, latent, k_rope, form, mask=module.config.mask,
+            positions=seq.positions, layout="full",
         )
         return (y * weight).sum()
 

@@ -31,11 +31,16 @@ from attnlab.core import axes
 from attnlab.core.dispatch import Device, Implementation, Op
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError
 from attnlab.core.linear import widened
-from attnlab.core.mask import Coords, Mask
+from attnlab.core.mask import Mask
 from attnlab.core.mods import Mod, Program
 from attnlab.core.types import Layout
 from attnlab.ops.attention import gpu, reference, tpu, triton, vendor, vendor_tokamax_splash, xla
-from attnlab.ops.attention.inputs import check_options, composed, coordinates
+from attnlab.ops.attention.inputs import (
+    check_options,
+    composed,
+    coordinate_specs,
+    coordinates,
+)
 from attnlab.ops.attention.planned import Planned, plan
 
 __all__ = ["OP", "Call", "Planned", "attention", "plan"]
@@ -253,9 +258,7 @@ def _over_shards(forward, *arrays, mask, score, q_coords, k_coords, sink_logits,
     if heads and not kv_heads:
         k, v = widened(k, "float32"), widened(v, "float32")
     q_spec, kv_spec = P(batch, None, heads), P(batch, None, kv_heads)
-    coords: Any = Coords(P(batch), P(batch), P())  # type: ignore[arg-type] - specs in its shape
-    if q_coords.segments is None:
-        coords = dataclasses.replace(coords, segments=None)
+    coords = coordinate_specs(q_coords, batch)
     mods = None if score is None else score.specs(P, batch, heads)
     carried = jax.tree.map(lambda _: q_spec, carry)
     specs = (

@@ -12,7 +12,6 @@ more tiles are visited, none is lost.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -41,6 +40,7 @@ from attnlab.core.mask import (
 NONE, PARTIAL, FULL = 0, 1, 2
 MOST_RUNS = 16  # stored for a row of tiles at least, where there are so many tiles
 ROOM = 2**20  # runs stored for all rows of tiles, if that is more
+SCOPE = "block_lists"  # name of what the device computes here, in profiles
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +67,8 @@ class BlockLists:
     """Full and partial tiles of every row of tiles.
 
     Forward lists have a row for each tile of ``block_q`` queries and list tiles of ``block_k``
-    keys; transposed lists the other way round.
+    keys; transposed lists the other way round. ``table``: what ``work`` returns, where it was made
+    beforehand.
     """
 
     full: Runs
@@ -75,6 +76,7 @@ class BlockLists:
     block_q: int = dataclasses.field(metadata={"static": True})
     block_k: int = dataclasses.field(metadata={"static": True})
     transposed: bool = dataclasses.field(default=False, metadata={"static": True})
+    table: Any = None
 
     @property
     def heads(self) -> int:
@@ -85,15 +87,21 @@ class BlockLists:
     def rows(self) -> int:
         return self.full.start.shape[2]
 
+    @jax.named_scope(SCOPE)
     def longest_first(self) -> jax.Array:
         """Rows by their number of tiles, so that the last programs to start are short: int32
         ``[R]``."""
+        if self.table is not None:
+            return self.table[0, 0, :, 0]
         return jnp.asarray(self._order(self._module()))
 
+    @jax.named_scope(SCOPE)
     def work(self) -> jax.Array:
         """What a kernel must know of a row, in one place: int32 ``[., ., R, 10]``, rows in the
         order of ``longest_first``. Columns: row, tiles, then of the full and of the partial runs
         start, number, first and count of the first run."""
+        if self.table is not None:
+            return self.table
         xp = self._module()
         columns = [xp.arange(self.rows)[None, None], self.full.blocks + self.partial.blocks]
         for runs in (self.full, self.partial):
@@ -102,6 +110,10 @@ class BlockLists:
             columns += [xp.take_along_axis(x, at, -1) for x in (runs.first, runs.count)]
         table = xp.stack(xp.broadcast_arrays(*columns), -1)
         return jnp.asarray(table[:, :, self._order(xp)].astype(np.int32))
+
+    def with_table(self) -> BlockLists:
+        """These lists with their ``table``."""
+        return dataclasses.replace(self, table=self.work())
 
     def _module(self) -> Any:
         return np if isinstance(self.full.start, np.ndarray) else jnp
@@ -149,9 +161,8 @@ def block_lists(
             f"must be multiples of the tiles of {block_q} x {block_k}",
             "use blocks that the tiles divide, or smaller tiles",
         )
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask))
-    host = layout == "full" and not traced and not listed
-    with jax.ensure_compile_time_eval() if host else contextlib.nullcontext():
+    host = on_host(mask, layout)
+    with jax.ensure_compile_time_eval() if host else jax.named_scope(SCOPE):
         rule = _Rule.of(rest, q, k, block_q, block_k, layout, host)
         if listed:
             full, partial = _from_lists(listed[0], rule, transposed)
@@ -160,6 +171,13 @@ def block_lists(
         else:
             full, partial = _on_device(rule, transposed)
     return BlockLists(full, partial, block_q, block_k, transposed)
+
+
+def on_host(mask: Mask, layout: str) -> bool:
+    """Whether the lists of these are made on the host, constants of the program."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask))
+    listed = any(isinstance(part, Blocks) for part in conjuncts(mask))
+    return layout == "full" and not traced and not listed
 
 
 @dataclasses.dataclass(frozen=True)

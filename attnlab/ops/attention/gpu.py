@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from attnlab.core.axes import vary
@@ -209,7 +210,27 @@ def tiles(
         score_mod = Mod.of(score_mod, score_dtype="float32")
     score, pair = capped(score_mod, logit_cap), pair_mod(mask, S if S % 128 else None)
     body = None if score is None else split(score.program, T, S)
-    sizes = _sizes(q, v, mask, layout, body, split(pair.program, T, S))
+    return _read_by(_sizes(q, v, mask, layout, body, split(pair.program, T, S)))
+
+
+def _tiles(call) -> list[tuple[int, int]]:
+    """``tiles`` of a call of which only the facts are known."""
+    q, v = (
+        jax.ShapeDtypeStruct(shape, call.dtype) for shape in (
+            (call.B, call.T, call.N, call.H), (call.B, call.S, call.K, call.V)
+        )
+    )
+    score = call.score
+    if score is None and call.logit_cap is not None:
+        score = capped(None, call.logit_cap).program  # type: ignore[union-attr] - there is a cap
+    body = None if score is None else split(score, call.T, call.S)
+    pair = pair_mod(call.mask, call.S if call.S % 128 else None)
+    return _read_by(
+        _sizes(q, v, call.mask, call.layout, body, split(pair.program, call.T, call.S))
+    )
+
+
+def _read_by(sizes: Sizes) -> list[tuple[int, int]]:
     configs = [sizes.forward, *(sizes.backward if max(sizes.key.H, sizes.key.V) <= 256 else ())]
     return list(dict.fromkeys((c.block_q, c.block_k) for c in configs))
 
@@ -221,6 +242,6 @@ def _sizes(q, v, mask, layout, score: Body | None, pair: Body, value_is_prefix=F
 
 
 IMPLEMENTATIONS = (
-    Implementation("gpu", supports, forward, partitions=False, step=step),
-    Implementation("gpu-wide", supports_wide, forward, partitions=False),
+    Implementation("gpu", supports, forward, partitions=False, step=step, tiles=_tiles),
+    Implementation("gpu-wide", supports_wide, forward, partitions=False, tiles=_tiles),
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from attnlab.core.errors import ConfigError, DtypeError, ShapeError
 from attnlab.core.mask import (
@@ -98,6 +99,11 @@ def coordinates(
         )
     index = (jnp.arange(n, dtype=jnp.int32) for n in (T, S))
     return Coords(q_pos, q_seg, next(index)), Coords(k_pos, k_seg, next(index)), layout
+
+
+def coordinate_specs(coords: Coords, batch: tuple[str, ...]) -> Any:
+    """The partition of every array of ``coords`` in its place, rows over these mesh axes."""
+    return Coords(P(batch), None if coords.segments is None else P(batch), P())  # type: ignore
 
 
 def _pair(name, value, q_shape, k_shape):

@@ -8,6 +8,9 @@ stack of layers, and the result goes through ``mask=`` like any mask::
     for layer in layers:
         o = attention(q, k, v, mask=mask, positions=seq.positions, segments=seq.segments, ...)
 
+On a mesh every device builds those of its rows. Inside a model nobody calls it: a stack of layers
+plans ahead (``ahead``).
+
 The lists speak of the positions and segments they were made from: a call with others is wrong, and
 only its shapes can be checked. Implementations that read no lists see the mask inside.
 """
@@ -21,11 +24,12 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
+from attnlab.core import axes
 from attnlab.core.errors import ConfigError, ShapeError
-from attnlab.core.mask import STATIC, Mask, Wrapped
+from attnlab.core.mask import STATIC, Coords, Mask, Wrapped
 from attnlab.core.types import Layout
-from attnlab.ops.attention.blocks import BlockLists, block_lists
-from attnlab.ops.attention.inputs import composed, coordinates
+from attnlab.ops.attention.blocks import BlockLists, block_lists, on_host
+from attnlab.ops.attention.inputs import composed, coordinate_specs, coordinates
 
 
 @jax.tree_util.register_dataclass
@@ -135,11 +139,36 @@ def plan(
         whole = before.inner
     whole.check(batch, heads, T)
     whole = whole.bound(batch, heads)
-    made = tuple(
-        block_lists(
-            whole, q, k, block_q=block_q, block_k=block_k, layout=layout, transposed=transposed
+
+    def build(whole: Mask, q: Coords, k: Coords) -> tuple[BlockLists, ...]:
+        return tuple(
+            block_lists(
+                whole, q, k, block_q=block_q, block_k=block_k, layout=layout, transposed=transposed
+            ).with_table()
+            for transposed in (False, True)
         )
-        for transposed in (False, True)
-    )
+
+    if axes.mesh_to_cut() is not None and not on_host(whole, layout):
+        build = _over_rows(build, batch, heads)
     old = () if before is None else before.lists
-    return Planned(whole, old + made, T, S, layout)
+    return Planned(whole, old + build(whole, q, k), T, S, layout)
+
+
+def _over_rows(build, B: int, N: int):
+    """``build`` on each device's rows and heads, like the kernels: XLA would gather them all."""
+    batch, heads = axes.cut("batch", B), axes.cut("heads", N)
+
+    def cut(lists: BlockLists) -> BlockLists:
+        rows, columns = lists.full.start.shape[:2]  # of every array
+        spec = P(batch if rows > 1 else None, heads if columns > 1 else None)
+        return jax.tree.map(lambda _: spec, lists)
+
+    def mapped(whole: Mask, q: Coords, k: Coords):
+        shapes = jax.eval_shape(build, whole, q, k)
+        coords = (coordinate_specs(x, batch) for x in (q, k))
+        return jax.shard_map(
+            build, mesh=axes.mesh_to_cut(), in_specs=(whole.specs(batch, heads), *coords),
+            out_specs=tuple(map(cut, shapes)), check_vma=False,
+        )(whole, q, k)
+
+    return mapped

@@ -155,4 +155,15 @@ def _staged(q, k, mask, score, q_coords, k_coords, scale, logit_cap, layout, int
     return problem, handed, (mask, q_coords, k_coords)
 
 
-IMPLEMENTATION = Implementation("tpu", supports, forward, partitions=False, step=step)
+def _tiles(call) -> list[tuple[int, int]]:
+    from attnlab.ops.attention import tpu_attend
+
+    if call.N > call.K and call.T <= tpu_attend.FOLD_TOKENS:
+        return []  # heads may be folded into rows: few tokens, whose lists are made in the call
+    sizes = call.T, call.S, call.H, call.V, call.dtype, call.mask
+    return [tpu_blocks.forward_blocks(*sizes), tpu_blocks.backward_blocks(*sizes)]
+
+
+IMPLEMENTATION = Implementation(
+    "tpu", supports, forward, partitions=False, step=step, tiles=_tiles
+)

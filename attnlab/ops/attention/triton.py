@@ -225,4 +225,12 @@ def _packed(runs: Runs) -> tuple[jax.Array, jax.Array]:
     return rows, listed
 
 
-IMPLEMENTATION = Implementation("triton", supports, forward, partitions=False)
+def _tiles(call) -> list[tuple[int, int]]:
+    space, blocks = tuning.space("triton"), {}
+    for direction in tuning.DIRECTIONS:
+        blocks |= tuning.choose(tuning.Key.of_call("triton", direction, call)).blocks
+    found = [space.tile(role, blocks) for role in ("forward", "dq", "dkv")]
+    return [(tile.q, tile.kv) for tile in found]
+
+
+IMPLEMENTATION = Implementation("triton", supports, forward, partitions=False, tiles=_tiles)

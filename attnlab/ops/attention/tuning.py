@@ -59,6 +59,14 @@ class Key:
             implementation, direction, H, V, N // K, q.dtype.name, T, S, mask_class(mask)
         )
 
+    @staticmethod
+    def of_call(implementation: str, direction: Direction, call: Any) -> Key:
+        """The key of a call of which only the facts are known (``ops.attention.Call``)."""
+        return Key(
+            implementation, direction, call.H, call.V, call.N // call.K, call.dtype, call.T,
+            call.S, mask_class(call.mask),
+        )
+
     def bucket(self) -> Key:
         """This key with G, T and S rounded to the nearest power of two."""
         return dataclasses.replace(self, G=_power(self.G), T=_power(self.T), S=_power(self.S))
