@@ -4,8 +4,8 @@ For a target that is not here the static cycle model ranks the candidates (TPUs;
 ``predicted``); on an accelerator they are timed (rows say ``measured``). A row is one
 implementation, pass and call; writing it again replaces it.
 
-The kernels of a backward pass (sizes ending in ``_dq`` and ``_dkv``) do not touch each other's
-time: measured, each is chosen by itself, the second beside the best of the first.
+Sizes that no candidate changes together (those of two kernels, say) are chosen one after the
+other when they are measured, the later ones beside the best of the earlier.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from attnlab.ops.attention.shapes import Shape
 
 TIE = 1.01  # among candidates this close to the fastest, the one with the least VMEM wins
 ERROR = 2e-2  # relative error in bf16 above which a candidate is not timed
-KERNELS = ("_dq", "_dkv")  # endings of the sizes of one kernel
 Timer = Callable[[Callable[..., Any], Sequence[Any]], float]
 
 
@@ -173,7 +172,7 @@ def measured(
         args = [jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, arrays)]
         wanted = jax.jit(program(shape, "xla", key.direction)[0])(*args)
         trials: list[Trial] = []
-        for group in by_kernel(usual, candidates):
+        for group in independent(usual, candidates):
             base = best(trials)
             before = usual if base is None else base.blocks
             for changed in group:
@@ -181,27 +180,30 @@ def measured(
         yield from _row(shape, key, trials, "measured", versions)
 
 
-def by_kernel(
+def independent(
     usual: tuning.Blocks, candidates: Sequence[tuning.Blocks]
 ) -> list[list[tuning.Blocks]]:
-    """What the candidates change of the heuristic, in groups: first changes of the whole pass (none
-    is one of them), then those of a single kernel."""
-    found: dict[str, list[tuning.Blocks]] = {"": []}
-    for blocks in candidates:
+    """What the candidates change of the heuristic, nothing first, in groups that share no size."""
+    groups: list[tuple[set[str], list[tuple[int, tuning.Blocks]]]] = []
+    for place, blocks in enumerate(candidates):
         changed = {name: size for name, size in blocks.items() if size != usual[name]}
-        ends = [end for end in KERNELS if changed and all(name.endswith(end) for name in changed)]
-        found.setdefault(ends[0] if ends else "", []).append(changed)
-    return [group for group in found.values() if group]
+        names, members = set(changed), [(place, changed)]
+        for other in [group for group in groups if group[0] & names]:
+            groups.remove(other)
+            names, members = names | other[0], other[1] + members
+        groups.append((names, members))
+    found = sorted(sorted(members, key=lambda m: m[0]) for _, members in groups)
+    return [[changed for _, changed in members] for members in found]
 
 
 def _trial(shape: Shape, key: tuning.Key, blocks, f, args, wanted, timer: Timer) -> Trial:
-    """Compile, compare with what XLA ``wanted``, time.
-
-    Raises ImplementationError where the results differ.
-    """
+    """Compile, compare with what XLA ``wanted``, time; ImplementationError where they differ."""
     import jax
     import jax.numpy as jnp
 
+    reason = tuning.space(key.implementation).refuses(key, blocks)
+    if reason is not None:  # each change fits beside the heuristic, not all beside each other
+        return Trial(blocks, None, error=reason)
     try:
         with tuning.forcing(blocks):
             run = jax.jit(lambda *a: f(*a)).lower(*args).compile()

@@ -125,14 +125,17 @@ def hopper(monkeypatch):
 
 
 def clocked(seen):
-    """A timer by the sizes in use: wide kernels gain a quarter each, the forward likes 64 keys."""
+    """A timer by the sizes in use: wide kernels gain a quarter each, persistent ones an eighth, the
+    forward likes 64 keys."""
 
     def timer(run, args):
-        forward, (dq, dkv) = seen[-1]["forward"], seen[-1]["backward"]
+        forward, backward = seen[-1]["forward"], seen[-1]["backward"]
         ms = [1.0 if forward.block_k == 64 else 2.0]
         if len(args) == 4:
-            ms += [x * (0.75 if isinstance(c, Wide) else 1.0) for c, x in ((dq, 2.0), (dkv, 4.0))]
-            ms.append(0.1 * (dkv.stages != 3))
+            for config, each in zip(backward, (2.0, 4.0)):
+                each *= 0.75 if isinstance(config, Wide) else 1.0
+                ms.append(each * (0.875 if config.persistent else 1.0))
+            ms.append(0.1 * sum(config.stages != 3 for config in backward))
         return sum(ms) / 1e3
 
     return timer
@@ -149,17 +152,20 @@ def test_hopper_rows(hopper, tmp_path, monkeypatch, capsys):
     assert {row["basis"] for row in found["rows"]} == {"measured"}
     assert rows["forward"]["ms"] == 1.0 and rows["forward"]["blocks"]["block_k"] == 64
     # The forward beside it is the heuristic's: the table is not read before it is the package's.
-    assert rows["backward"]["ms"] == 2.0 + 1.5 + 3.0
+    assert rows["backward"]["ms"] == 2.0 + 1.5 * 0.875 + 3.0
     winner = rows["backward"]["blocks"]
-    assert winner["wide_dq"] and winner["wide_dkv"], "dk, dv beside the best dq"
-    assert tried == len(tuning.space("gpu").candidates(lab.key_of(WIDE, "gpu", "forward"))) + len(
-        tuning.space("gpu").candidates(lab.key_of(WIDE, "gpu", "backward"))
-    ), "every kernel by itself, not the product"
+    assert winner["wide_dq"] and winner["persistent_dq"], "persistent beside the best sizes"
+    assert winner["wide_dkv"] and not winner["persistent_dkv"], "dk, dv beside the best dq"
+    offered = [
+        tuning.space("gpu").candidates(lab.key_of(WIDE, "gpu", d)) for d in tuning.DIRECTIONS
+    ]
+    assert tried == sum(map(len, offered)) - 1, "one that does not fit was not run; no product"
     out = capsys.readouterr().out
-    assert "6.500 ms measured, the heuristic 8.000 ms" in out
-    assert "8.000  1.000        the heuristic" in out
-    assert any(line.startswith("6.500  0.812") and "wide_dkv=1" in line
+    assert "6.312 ms measured, the heuristic 8.100 ms" in out
+    assert "8.100  1.000        the heuristic" in out
+    assert any(line.startswith("6.312  0.779") and "wide_dkv=1" in line
                for line in out.splitlines())
+    assert "persistent_dkv = 1: the kernel of wide heads has none" in out
 
     monkeypatch.setattr(tuning, "table", lambda kind: tuple(found["rows"]))
     x = jnp.zeros((1, 300, 2, 128), jnp.bfloat16)
@@ -170,15 +176,21 @@ def test_hopper_rows(hopper, tmp_path, monkeypatch, capsys):
 
 
 def test_what_gpu_leaves_out(hopper, capsys):
-    """Calls that no tuned row serves, and passes where only the heuristic fits."""
+    """Calls that no tuned row serves."""
     cap = dataclasses.replace(WIDE, name="cap", logit_cap=5.0)
-    lone = dataclasses.replace(WIDE, name="lone", H=256, V=256, tags=("forward_only",))
     with compiling_for(H200):
-        assert not list(tune.measured(H200, [cap, lone], ["gpu"], clocked(hopper)))
+        assert not list(tune.measured(H200, [cap], ["gpu"], clocked(hopper)))
     out = capsys.readouterr().out
     assert "gpu cap: left out: it has a logit cap, and tuned rows serve calls without" in out
-    assert "gpu forward lone: nothing to choose, only the heuristic fits" in out
-    assert not hopper, "nothing was run for either"
+    assert not hopper, "nothing was run for it"
+
+
+def test_a_lone_candidate_is_not_timed(here, capsys):
+    here()
+    short = dataclasses.replace(TINY, T=100)
+    with compiling_for(TOY_DEVICE):
+        assert not list(tune.measured(TOY_DEVICE, [short], ["toy"], lambda run, args: 1.0))
+    assert "toy forward tiny: nothing to choose, only the heuristic fits" in capsys.readouterr().out
 
 
 def test_rows_of_every_shape_are_found_again():
@@ -211,15 +223,31 @@ def test_the_budget_ends_between_passes(here, capsys, monkeypatch):
     assert "the budget of 2 minutes is spent, left out: toy backward tiny" in out
 
 
-def test_by_kernel():
-    usual = {"a_dq": 1, "b_dq": 1, "a_dkv": 1}
-    found = tune.by_kernel(usual, [
-        usual, usual | {"a_dq": 2}, usual | {"a_dkv": 2}, usual | {"a_dq": 3, "b_dq": 3},
-        usual | {"a_dq": 2, "a_dkv": 2},
+def test_sizes_that_change_together_are_one_group():
+    usual = {"a": 1, "b": 1, "c": 1, "d": 1}
+    found = tune.independent(usual, [
+        usual, usual | {"a": 2}, usual | {"d": 2}, usual | {"b": 3}, usual | {"c": 2},
+        usual | {"a": 4, "b": 4},
     ])
-    assert found == [
-        [{}, {"a_dq": 2, "a_dkv": 2}], [{"a_dq": 2}, {"a_dq": 3, "b_dq": 3}], [{"a_dkv": 2}]
-    ]
+    assert found == [[{}], [{"a": 2}, {"b": 3}, {"a": 4, "b": 4}], [{"d": 2}], [{"c": 2}]]
+
+
+def test_changes_that_do_not_fit_each_other(here, monkeypatch, capsys):
+    """The second is tried beside the best of the first; refused there, it is said, not run."""
+    space = tuning.Space(
+        lambda key: {"size": 64, "flag": 0},
+        lambda key: [{"size": s, "flag": f} for s, f in ((64, 0), (128, 0), (64, 1))],
+        lambda key, b: "no room for both" if b["flag"] and b["size"] > 64 else None,
+        lambda role, blocks: tuning.Tile(blocks["size"], blocks["size"]),
+    )
+    monkeypatch.setitem(tuning.SPACES, "toy", space)
+    lone, times = dataclasses.replace(TINY, tags=("forward_only",)), iter([2.0, 1.0])
+    here()
+    with compiling_for(TOY_DEVICE):
+        (row,) = tune.measured(TOY_DEVICE, [lone], ["toy"], lambda run, args: next(times))
+    assert row["blocks"] == {"size": 128, "flag": 0}
+    assert any("size=128 flag=1" in line and line.endswith("no room for both")
+               for line in capsys.readouterr().out.splitlines())
 
 
 def test_a_candidate_that_fails_is_said(here, capsys):

@@ -6,8 +6,8 @@
 | up to 256 | ``gpu_forward`` | ``gpu_backward_wide`` | ``gpu_backward_wide_kv`` |
 | up to 576 / 512 | ``gpu_wide`` | none | none |
 
-The kernel follows from the type of its sizes, which ``gpu_sizes`` chooses up to 256: there measured
-or forced sizes may take a kernel of wide heads for narrow ones, as masks beyond causal do for dq.
+The kernel follows from the type of its sizes, which ``gpu_sizes`` chooses up to 256: tuned or
+forced ones may take the other kernel of dq or of dk, dv, as masks beyond causal do for dq of 128.
 """
 
 # Pallas references, layouts and kernels have no types that a checker can follow.
