@@ -74,13 +74,13 @@ def layer(name: str, **fields):
 
 @pytest.fixture
 def listed(monkeypatch):
-    """A context in which implementations "planned" and "alone" run one kernel, in small tiles."""
+    """A context in which implementations "planned" and "alone" run one kernel, of given sizes."""
     @contextlib.contextmanager
-    def use(forward, tiles):
+    def use(forward, tiles, sizes=TILES):
         for name, asked in (("planned", tiles), ("alone", None)):
             made = Implementation(name, lambda call: None, forward, partitions=False, tiles=asked)
             monkeypatch.setitem(OP.implementations, name, made)
-        with tuning.forcing(TILES):
+        with tuning.forcing(sizes):
             yield
 
     return use
@@ -141,7 +141,7 @@ def test_same_numbers_on_hopper(listed):
     forward = functools.partial(gpu.forward, interpret=plgpu.InterpretGPUParams())
     bf16 = Precision.named("bfloat16")
     c = model((), period=(layer("window", head_dim=64, precision=bf16),), precision=bf16)
-    with listed(forward, gpu.IMPLEMENTATIONS[0].tiles):
+    with listed(forward, gpu.IMPLEMENTATIONS[0].tiles, sizes={}):
         identical(*both(c, pack(((100, 1, 60, -31),), "packed")))
 
 
