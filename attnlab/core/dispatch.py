@@ -60,8 +60,9 @@ class Implementation:
             reason for no. forward: the function, differentiable. partitions: XLA can cut it over a
             mesh by itself; where not (Pallas kernels), the op maps it over the shards. step: the
             form that goes on from a carried state, or None (see ``ops.attention.carry``). tiles:
-            given a call that it serves, the tiles of the block lists that the call and its gradient
-            read, ``(block_q, block_k)`` each; None where it reads no lists.
+            given a call that it serves (on a mesh: one device's part), the tiles of the block lists
+            that the call and its gradient read, ``(block_q, block_k)`` each; None where it reads no
+            lists.
     """
 
     name: str

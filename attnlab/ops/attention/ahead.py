@@ -17,10 +17,13 @@ gets its mask back.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from attnlab.core import axes
 from attnlab.core.dispatch import Device, recording
 from attnlab.core.mask import Mask
 from attnlab.core.types import Precision, Seq
@@ -67,7 +70,7 @@ def plan_ahead(
     )
     with recording(), tuning.recording():  # questions, not calls
         chosen = OP.choose(call, impl)
-        tiles = () if chosen.tiles is None else chosen.tiles(call)
+        tiles = () if chosen.tiles is None else chosen.tiles(_of_one_device(call))
     planned = seq.planned(mask, N)
     for block_q, block_k in tiles:
         known = isinstance(planned, Planned) and planned.find(block_q, block_k, seq.layout, False)
@@ -77,3 +80,13 @@ def plan_ahead(
                 batch=B, heads=N, block_q=block_q, block_k=block_k,
             )
     return seq if planned is mask else seq.with_plan(mask, N, planned)
+
+
+def _of_one_device(call: Call) -> Call:
+    """The call that a kernel sees on a mesh: of one device's rows and heads."""
+    mesh = axes.mesh_to_cut()
+    if mesh is None:
+        return call
+    cuts = axes.cut("batch", call.B), *axes.cut_heads(call.N, call.K)
+    rows, heads, kv_heads = (math.prod(mesh.shape[name] for name in names) for names in cuts)
+    return dataclasses.replace(call, B=call.B // rows, N=call.N // heads, K=call.K // kv_heads)
