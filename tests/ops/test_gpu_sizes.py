@@ -179,7 +179,7 @@ def test_wrong_sizes(key, blocks, message):
 
 
 @pytest.mark.parametrize("H, V, forward, backward", [
-    (64, 64, 8, 10), (128, 128, 6, 10), (192, 128, 5, 10), (192, 192, 4, 7), (256, 128, 3, 8),
+    (64, 64, 8, 12), (128, 128, 6, 10), (192, 128, 5, 10), (192, 192, 4, 7), (256, 128, 3, 8),
     (256, 256, 2, 3),
 ])
 def test_candidates(H, V, forward, backward):
