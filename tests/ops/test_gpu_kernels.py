@@ -210,12 +210,12 @@ def compare(name, case):
 @pytest.mark.parametrize("name, blocks, ahead", [
     ("causal 128", 3, True), ("window, sinks, empty rows", 2, True), ("packed", 3, True),
     ("packed", 3, False), ("values by query and key, absent tiles", 3, True), ("blocks", 5, True),
-    ("256", 1, True),
+    ("256", 1, False),
 ])
 def test_persistent_blocks_change_nothing(name, blocks, ahead, monkeypatch):
     """Fewer blocks that take the rows in turn give the bits of a block a row, without races.
 
-    ahead: the forward kernel loads queries beside the row before.
+    ahead: the forward kernel loads queries beside the row before; two of 256 do not fit.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
