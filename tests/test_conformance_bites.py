@@ -111,9 +111,9 @@ class StopsAGradient(OnModule):
 
 @caught_by("fp32_budget")
 class RoundsToBfloat16(OnModule):
-    def _mix_values(self, q, k, v, *rest):
+    def _mix_values(self, q, k, v, *rest, **where):
         q, k, v = (a.astype("bfloat16") for a in (q, k, v))
-        return GQA._mix_values(self, q, k, v, *rest).astype("float32")
+        return GQA._mix_values(self, q, k, v, *rest, **where).astype("float32")
 
 
 @caught_by("decode_is_train", "decode_several", "mixed_prefill_and_decode", "far_positions")
