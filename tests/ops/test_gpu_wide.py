@@ -152,11 +152,13 @@ def test_compiles_for_hopper(N, K, H, V, prefix):
 
 @pytest.mark.aot
 @for_hopper
-@pytest.mark.parametrize("H, V", [(64, 64), (128, 128), (192, 128), (192, 192), (256, 128)])
+@pytest.mark.parametrize(
+    "H, V", [(64, 64), (128, 128), (192, 128), (192, 192), (256, 128), (256, 256)]
+)
 def test_every_candidate_compiles(H, V):
-    """What ``attnlab tune`` would try, a candidate of each kernel at a time. (256 has none for the
-    forward and two for dq.)"""
-    shapes = [((1, 2048, 8, x), jnp.bfloat16) for x in (H, H, V)]
+    """What ``attnlab tune`` would try, a candidate of each kernel at a time. There are more rows of
+    tiles than multiprocessors, else none would be compiled with persistent blocks."""
+    shapes = [((1, 2048, 16, x), jnp.bfloat16) for x in (H, H, V)]
     space, tried = tuning.space("gpu"), {"forward": [], "_dq": [], "_dkv": []}
     for direction in tuning.DIRECTIONS:
         key = tuning.Key("gpu", direction, H, V, 1, "bfloat16", 2048, 2048, "causal")
