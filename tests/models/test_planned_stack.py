@@ -43,6 +43,9 @@ from attnlab.testing.fixtures import pack
 
 DIM, T = 32, 256
 ROWS = ((100, 1, 60, 70, -25), (200, 56))
+hopper = pytest.mark.skipif(
+    versions.JAX < (0, 11, 2), reason="Mosaic GPU kernels need jax >= 0.11.2"
+)
 TILES = {"block_q": 64, "block_k": 128, "block_q_bwd": 128, "block_k_bwd": 128}  # 2 pairs
 SPANS = jnp.array([40, 90, 250, 3])
 LOOK = Causal() & MaskMod.of(lambda head, q_pos, k_pos: q_pos - k_pos < SPANS[head])
@@ -133,7 +136,7 @@ def test_same_numbers(names, change, listed):
         identical(*both(model(names, **change), pack(ROWS[:1], "packed")))
 
 
-@pytest.mark.skipif(versions.JAX < (0, 11, 2), reason="Mosaic GPU kernels need jax >= 0.11.2")
+@hopper
 def test_same_numbers_on_hopper(listed):
     """Scanned; the interpreter has effects, which ``jax.checkpoint`` does not take."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -287,11 +290,11 @@ MODULES = {"tpu": tpu_attend, "gpu": gpu_attend, "gpu-wide": gpu_attend, "triton
 PLACES = {"full": {}, "packed": dict.fromkeys(("positions", "segments"), np.ones((1, 300), int))}
 
 
-@pytest.mark.parametrize("kind", DEVICES)
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=hopper if "gpu" in kind else ()) for kind in DEVICES
+])
 def test_tiles_are_those_that_are_read(kind, monkeypatch):
     """What an implementation declares is what its kernels ask for, forward and backward."""
-    if "gpu" in kind and versions.JAX < (0, 11, 2):
-        pytest.skip("Mosaic GPU kernels need jax >= 0.11.2")
     if kind == "triton":
         without_launch(monkeypatch)
     read = set()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
+import eight
 import jax
 import pytest
 
@@ -15,22 +12,9 @@ from attnlab.core.errors import ConfigError, MeshError
 from attnlab.parallel import rules
 from attnlab.parallel.mesh import make_mesh, parse
 
-SCRIPT = pathlib.Path(__file__).with_name("sharded_training.py")
 
-
-def results(name: str, root: pathlib.Path) -> dict:
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false"
-    env = {
-        **os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), name], env=env, capture_output=True, text=True, timeout=580
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def results(name: str) -> dict:
+    return json.loads(eight.run("sharded_training.py", name, timeout=580).splitlines()[-1])
 
 
 def assert_close(got, want, rel):
@@ -41,8 +25,8 @@ def assert_close(got, want, rel):
 
 @pytest.mark.devices8
 @pytest.mark.parametrize("name", ["gqa", "mqa", "sqa", "mla", "cca"])
-def test_meshes(name, root):
-    found = results(name, root)
+def test_meshes(name):
+    found = results(name)
     assert found["devices"] == 8
     single, product = found["single"], "data=2,fsdp=2,tensor=2"
     assert single[-1][0] < single[0][0]
@@ -75,20 +59,13 @@ def test_meshes(name, root):
 
 @pytest.mark.devices8
 @pytest.mark.parametrize("name", ["gqa", "sqa", "mla", "cca"])
-def test_sums_over_devices_are_fp32(name, root, tmp_path):
+def test_sums_over_devices_are_fp32(name, tmp_path):
     """Activations are bf16, yet nothing is added up over devices in it, forward or backward."""
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        f"--xla_dump_to={tmp_path} --xla_dump_hlo_pass_re=spmd.* --xla_dump_hlo_as_text"
+    out = eight.run(
+        "bf16_sums.py", name, "data=2,fsdp=2,tensor=2", str(tmp_path), timeout=300, cached=False,
+        flags=f"--xla_dump_to={tmp_path} --xla_dump_hlo_pass_re=spmd.* --xla_dump_hlo_as_text",
     )
-    env = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    script, mesh = str(SCRIPT.with_name("bf16_sums.py")), "data=2,fsdp=2,tensor=2"
-    done = subprocess.run(
-        [sys.executable, script, name, mesh, str(tmp_path)], env=env,
-        capture_output=True, text=True, timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(out.splitlines()[-1])
     assert len(found.get("f32", [])) > 20, "the program was not found"
     assert "bf16" not in found, found["bf16"]
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from attnlab.core.axes import vary
 from attnlab.core.dispatch import Implementation
 from attnlab.core.mask import Blocks, Causal, Mask, MaskMod, SinkTokens, conjuncts, parts
-from attnlab.core.mods import Mod
+from attnlab.core.mods import Mod, Program
 from attnlab.core.staging import Body, split, values
 from attnlab.core.types import Layout
 from attnlab.ops.attention import hopper
@@ -203,14 +203,13 @@ def tiles(
         layout: its layout, "full" where it has neither positions nor segments. mask, score_mod,
             logit_cap, sink_tokens: as in ``attention``.
     """
-    (B, T, N, _), S = q.shape, k.shape[1]
+    B, _, N, _ = q.shape
     mask = Causal() if mask is None else mask if isinstance(mask, Mask) else MaskMod.of(mask)
     mask = (mask | SinkTokens(sink_tokens) if sink_tokens else mask).bound(B, N)
     if score_mod is not None and not isinstance(score_mod, Mod):
         score_mod = Mod.of(score_mod, score_dtype="float32")
-    score, pair = capped(score_mod, logit_cap), pair_mod(mask, S if S % 128 else None)
-    body = None if score is None else split(score.program, T, S)
-    return _read_by(_sizes(q, v, mask, layout, body, split(pair.program, T, S)))
+    score = capped(score_mod, logit_cap)
+    return _listed(q, v, mask, layout, None if score is None else score.program)
 
 
 def _tiles(call) -> list[tuple[int, int]]:
@@ -223,14 +222,14 @@ def _tiles(call) -> list[tuple[int, int]]:
     score = call.score
     if score is None and call.logit_cap is not None:
         score = capped(None, call.logit_cap).program  # type: ignore[union-attr] - there is a cap
-    body = None if score is None else split(score, call.T, call.S)
-    pair = pair_mod(call.mask, call.S if call.S % 128 else None)
-    return _read_by(
-        _sizes(q, v, call.mask, call.layout, body, split(pair.program, call.T, call.S))
-    )
+    return _listed(q, v, call.mask, call.layout, score)
 
 
-def _read_by(sizes: Sizes) -> list[tuple[int, int]]:
+def _listed(q, v, mask, layout, score: Program | None) -> list[tuple[int, int]]:
+    T, S = q.shape[1], v.shape[1]
+    body = None if score is None else split(score, T, S)
+    pair = pair_mod(mask, S if S % 128 else None)
+    sizes = _sizes(q, v, mask, layout, body, split(pair.program, T, S))
     configs = [sizes.forward, *(sizes.backward if max(sizes.key.H, sizes.key.V) <= 256 else ())]
     return list(dict.fromkeys((c.block_q, c.block_k) for c in configs))
 

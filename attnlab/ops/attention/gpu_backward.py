@@ -293,11 +293,7 @@ def grad_q(
                 plgpu.copy_smem_to_gmem(q_smem.at[wg], results[0].at[at])
                 for out, x in zip(results[1 : 1 + len(sums)], sums, strict=True):
                     out[vector] = x
-                plgpu.wait_smem_to_gmem(0)
-                after = pull()
-                if queue.persistent:
-                    pl.when(after < items)(lambda: load_queries(after))
-                return after, it
+                return queue.load_next(pull, load_queries), it
 
             def copy_keys(item, it):
                 b, n, r = queue.place(item)
@@ -315,18 +311,9 @@ def grad_q(
                 clear_absent(table_refs, row, b, n, (config.block_q, block_k), LAYOUT)
                 return it
 
-            @pl.when(wg < COMPUTE)
-            def _compute():
-                if interpret is None:
-                    plgpu.set_max_registers(config.registers, action="increase")
-                load_queries(lax.axis_index("tile"))
-                queue.compute(grad, jnp.int32(0))
-
-            @pl.when(wg == COMPUTE)
-            def _copy():
-                if interpret is None:
-                    plgpu.set_max_registers(40, action="decrease")
-                gpu_work.drain(free, queue.copy(copy_keys, jnp.int32(0)), stages)
+            rings = ((free, stages),)
+            pl.when(wg < COMPUTE)(lambda: queue.compute(grad, load_queries, config.registers))
+            pl.when(wg == COMPUTE)(lambda: queue.copy(copy_keys, rings, registers=40))
 
         pl.run_scoped(
             scoped,
@@ -463,11 +450,7 @@ def grad_kv(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(k_smem.at[wg], results[0].at[at])
                 plgpu.copy_smem_to_gmem(v_smem.at[wg], results[1].at[at])
-                plgpu.wait_smem_to_gmem(0)
-                after = pull()
-                if queue.persistent:
-                    pl.when(after < items)(lambda: load_keys(after))
-                return after, it
+                return queue.load_next(pull, load_keys), it
 
             def copy_queries(item, it):
                 b, kv, r = queue.place(item)
@@ -491,18 +474,9 @@ def grad_kv(
 
                 return lax.fori_loop(0, G, head, it)
 
-            @pl.when(wg < COMPUTE)
-            def _compute():
-                if interpret is None:
-                    plgpu.set_max_registers(config.registers, action="increase")
-                load_keys(lax.axis_index("tile"))
-                queue.compute(grad, jnp.int32(0))
-
-            @pl.when(wg == COMPUTE)
-            def _copy():
-                if interpret is None:
-                    plgpu.set_max_registers(40, action="decrease")
-                gpu_work.drain(free, queue.copy(copy_queries, jnp.int32(0)), stages)
+            rings = ((free, stages),)
+            pl.when(wg < COMPUTE)(lambda: queue.compute(grad, load_keys, config.registers))
+            pl.when(wg == COMPUTE)(lambda: queue.copy(copy_queries, rings, registers=40))
 
         pl.run_scoped(
             scoped,

@@ -30,6 +30,7 @@ need sums across blocks, whose order is not fixed).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -112,13 +113,13 @@ def grad_q(
                     plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(turn)
 
-            def load_queries(item, me: int):
+            def load_queries(me: int, item):
                 b, n, r = queue.place(item)
                 at = (b, pl.ds(listed.index(b, n, r) * config.block_q + me * WIDTH, WIDTH), n)
                 plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[me], q_bar.at[me])
                 plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[me], q_bar.at[me])
 
-            def grad(me: int, item, pull, it):
+            def grad(me: int, _, item, pull, it):
                 b, n, r = queue.place(item)
                 row = listed.row(b, n, r)
                 q0 = row.index * config.block_q + me * WIDTH
@@ -187,20 +188,7 @@ def grad_q(
                 plgpu.copy_smem_to_gmem(q_smem.at[me], results[0].at[at])
                 for out, x in zip(results[1 : 1 + totals], sums, strict=True):
                     out[vector] = x
-                plgpu.wait_smem_to_gmem(0)
-                after = pull()
-                if queue.persistent:
-                    pl.when(after < items)(lambda: load_queries(after, me))
-                return after, it
-
-            def compute(me: int):
-                if interpret is None:
-                    plgpu.set_max_registers(config.registers, action="increase")
-                load_queries(lax.axis_index("tile"), me)
-                queue.compute(lambda _, *work: grad(me, *work), jnp.int32(0))
-
-            for me in range(COMPUTE):
-                pl.when(wg == me)(lambda me=me: compute(me))
+                return queue.load_next(pull, functools.partial(load_queries, me)), it
 
             def copy_keys(item, it):
                 b, n, r = queue.place(item)
@@ -223,13 +211,11 @@ def grad_q(
                 clear_absent(table_refs, row, b, n, (config.block_q, block_k), LAYOUT)
                 return it
 
-            @pl.when(wg == COMPUTE)
-            def _copy():
-                if interpret is None:
-                    plgpu.set_max_registers(24, action="decrease")
-                it = queue.copy(copy_keys, jnp.int32(0))
-                gpu_work.drain(k_free, it, stages)
-                gpu_work.drain(v_free, it, stages_v)
+            for me in range(COMPUTE):
+                work = (functools.partial(f, me) for f in (grad, load_queries))
+                pl.when(wg == me)(lambda work=work: queue.compute(*work, config.registers))
+            rings = (k_free, stages), (v_free, stages_v)
+            pl.when(wg == COMPUTE)(lambda: queue.copy(copy_keys, rings, registers=24))
 
         pl.run_scoped(
             scoped,

@@ -129,7 +129,7 @@ def forward(
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
-            def load_queries(item, buffer):
+            def load_queries(item, buffer=0):
                 b, n, r = queue.place(item)
                 q0 = listed.index(b, n, r) * config.block_q + wg * WIDTH
                 here = buffer * COMPUTE + wg
@@ -144,14 +144,6 @@ def forward(
                 buffer = lax.rem(count, buffers)
                 here = buffer * COMPUTE + wg
                 q0, end = row.index * config.block_q + wg * WIDTH, it + row.tiles
-
-                def load_next(buffer):
-                    """Load the queries of the next row over an output that is written by then."""
-                    after = pull()
-                    if queue.persistent:
-                        plgpu.wait_smem_to_gmem(0)
-                        pl.when(after < items)(lambda: load_queries(after, buffer))
-                    return after
 
                 plgpu.barrier_wait(q_bar.at[here])
                 m = plgpu.layout_cast(jnp.full((WIDTH,), NEVER, jnp.float32), ROW)
@@ -229,7 +221,9 @@ def forward(
                     return acc, m, l, it + 1
 
                 carry = row.full.visit(lambda j, c: step(j, c, False), (acc, m, l, it))
-                after = load_next(1 - buffer) if buffers > 1 else None
+                after = None
+                if buffers > 1:
+                    after = queue.load_next(pull, lambda item: load_queries(item, 1 - buffer))
                 acc, m, l, it = row.partial.visit(lambda j, c: step(j, c, True), carry)
                 pl.when(wg == 0)(swap_turns)
                 if state:
@@ -238,7 +232,7 @@ def forward(
                         ref[at] = x
                 else:
                     store(held, acc, m, l, o_smem.at[here, pl.ds(0, WIDTH)], matrix, line)
-                return (load_next(0) if after is None else after), it
+                return (queue.load_next(pull, load_queries) if after is None else after), it
 
             def store(tile, acc, m, l, result, matrix, line):
                 m, l, factor = with_offset(tile, m, l)
@@ -259,14 +253,6 @@ def forward(
                 plgpu.copy_smem_to_gmem(result, results[0].at[matrix])
                 plgpu.copy_smem_to_gmem(lse_smem.at[wg], results[1].at[line])
 
-            @pl.when(wg < COMPUTE)
-            def _compute():
-                if interpret is None:
-                    plgpu.set_max_registers(config.registers, action="increase")
-                load_queries(lax.axis_index("tile"), 0)
-                queue.compute(attend, jnp.int32(0))
-                plgpu.wait_smem_to_gmem(0)
-
             def copy_keys(item, it):
                 b, n, r = queue.place(item)
                 row, kv = listed.row(b, n, r), lax.div(n, G)
@@ -282,13 +268,9 @@ def forward(
 
                 return row.partial.visit(fetch, row.full.visit(fetch, it))
 
-            @pl.when(wg == COMPUTE)
-            def _copy():
-                if interpret is None:
-                    plgpu.set_max_registers(40, action="decrease")
-                it = queue.copy(copy_keys, jnp.int32(0))
-                gpu_work.drain(k_free, it, stages)
-                gpu_work.drain(v_free, it, stages)
+            rings = (k_free, stages), (v_free, stages)
+            pl.when(wg < COMPUTE)(lambda: queue.compute(attend, load_queries, config.registers))
+            pl.when(wg == COMPUTE)(lambda: queue.copy(copy_keys, rings, registers=40))
 
         # o takes the place of q, warpgroup by warpgroup: both must take the same room in it.
         unit = math.lcm(8 * H, 8 * V)

@@ -65,7 +65,7 @@ class Tile:
         axis = self.q_axis if group == "rows" else 1 - self.q_axis
         start = self.q0 if group == "rows" else self.k0
         ref = self.refs[name]
-        at = (*_lead(ref, self.b, self.n), pl.ds(start, self.shape[axis]))
+        at = (*lead(ref, self.b, self.n), pl.ds(start, self.shape[axis]))
         return load(ref.at[at], LAYOUT.reduce(1 - axis))
 
     def operand(self, name: str, group: str) -> tuple[Any, str]:
@@ -74,14 +74,14 @@ class Tile:
             return self.held[name]
         if group == "heads":
             ref = self.refs[name]
-            return ref[_lead(ref, self.b, self.n)], "scalar"
+            return ref[lead(ref, self.b, self.n)], "scalar"
         if group == "distances" and self.stored is not None:
             ref = self.refs[f"{name} tiles"]
-            at = (*_lead(ref, self.b, self.n), self.stored)
+            at = (*lead(ref, self.b, self.n), self.stored)
             return load(ref.at[at], LAYOUT), "tile"
         if group == "distances":
             ref = self.refs[f"{name} numbers"]
-            return ref[(*_lead(ref, self.b, self.n), self.number)], "scalar"
+            return ref[(*lead(ref, self.b, self.n), self.number)], "scalar"
         if group == "dense":
             return self.early[name] if name in self.early else self.pairs(name), "tile"
         return self.vector(name, group), "row" if group == "rows" else "column"
@@ -90,7 +90,7 @@ class Tile:
         """The entries of a value by query and key on this tile."""
         ref = self.refs[name]
         starts = (self.q0, self.k0) if self.q_axis == 0 else (self.k0, self.q0)
-        at = (*_lead(ref, self.b, self.n), *map(pl.ds, starts, self.shape))
+        at = (*lead(ref, self.b, self.n), *map(pl.ds, starts, self.shape))
         x = load(ref.at[at], LAYOUT)
         return x.astype(jnp.int32) if ref.dtype == jnp.int8 else x
 
@@ -129,7 +129,7 @@ class Tile:
             x, rank = self.coordinate(name)
             if near:
                 ref = self.refs["q" + name[1:]]
-                x = x - ref[(*_lead(ref, self.b, self.n), self.q0)]
+                x = x - ref[(*lead(ref, self.b, self.n), self.q0)]
             return x.astype(jnp.float32), rank
         query = name.startswith("q")
         axis = self.q_axis if query else 1 - self.q_axis
@@ -237,6 +237,6 @@ def varying_zero(j):
     return jnp.minimum(j, 0)
 
 
-def _lead(ref, b, n):
+def lead(ref, b, n):
     """Index of row and head, 0 where all share the entry."""
     return (b if ref.shape[0] > 1 else 0, n if ref.shape[1] > 1 else 0)

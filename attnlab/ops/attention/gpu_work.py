@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.core.dispatch import Device
 from attnlab.ops.attention.blocks import BlockLists
+from attnlab.ops.attention.gpu_tiles import lead
 from attnlab.ops.attention.hopper import cores
 
 SLOTS = 4  # items that the copies may be ahead
@@ -88,26 +89,22 @@ class Listed:
 
     def index(self, b, n, r):
         """The index of the r-th longest row."""
-        return self.work[*_lead(self.work, b, n), r, 0]
+        return self.work[*lead(self.work, b, n), r, 0]
 
     def tiles(self, b, n, r):
         """How many tiles that row visits."""
-        return self.work[*_lead(self.work, b, n), r, 1]
+        return self.work[*lead(self.work, b, n), r, 1]
 
     def row(self, b, n, r) -> Row:
         """The r-th longest row of batch row b and head n."""
-        lead = _lead(self.work, b, n)
-        index, tiles, *rest = (self.work[*lead, r, i] for i in range(10))
+        at = lead(self.work, b, n)
+        index, tiles, *rest = (self.work[*at, r, i] for i in range(10))
         full, partial = (
-            Runs(first, count, _lead(first, b, n), *numbers) for first, count, numbers in (
+            Runs(first, count, lead(first, b, n), *numbers) for first, count, numbers in (
                 (*self.runs[:2], rest[:4]), (*self.runs[2:], rest[4:])
             )
         )
         return Row(index, tiles, full, partial)
-
-
-def _lead(ref, b, n):
-    return tuple(i if size > 1 else 0 for i, size in zip((b, n), ref.shape[:2], strict=True))
 
 
 def drain(free, used, stages: int):
@@ -147,16 +144,39 @@ class Queue:
         outer = lax.div(item, rows)
         return lax.div(outer, heads), lax.rem(outer, heads), lax.rem(item, rows)
 
-    def compute(self, work, carry):
-        """In the warpgroups that compute: ``after, carry = work(turn, item, pull, carry)`` for each
-        item of this block. turn counts them. The work calls ``pull()`` once, when it wants to know
-        the next item: what it returns is ``after``, ``items`` or more where there is none."""
+    def compute(self, work, load, registers: int):
+        """The part of a warpgroup that computes: ``after, it = work(turn, item, pull, it)`` for
+        each item of this block. turn counts them, it is 0 before the first.
+
+        load: starts the copies of what an item owns; called here for the first one. The work calls
+        ``load_next(pull, load)`` once, when there is room for them, and returns what that returns.
+        """
+        if self.interpret is None:
+            plgpu.set_max_registers(registers, action="increase")
         first = lax.axis_index("tile")
+        load(first)
+        self._compute(work, first)
+        plgpu.wait_smem_to_gmem(0)
+
+    def load_next(self, pull, load):
+        """Learn the next item and load what it owns, over outputs that are written by then.
+
+        Returns the item, ``items`` or more where there is none.
+        """
+        after = pull()
+        if self.persistent:
+            plgpu.wait_smem_to_gmem(0)
+            pl.when(after < self.items)(lambda: load(after))
+        return after
+
+    def _compute(self, work, first):
+        zero = jnp.int32(0)
         if not self.persistent:
-            return work(jnp.int32(0), first, lambda: jnp.int32(self.items), carry)[1]
+            work(zero, first, lambda: jnp.int32(self.items), zero)
+            return
 
         def one(state):
-            turn, item, carry = state
+            turn, item, it = state
             slot = lax.rem(turn, SLOTS)
 
             def pull():
@@ -165,21 +185,30 @@ class Queue:
                 plgpu.barrier_arrive(self.taken.at[slot])
                 return after
 
-            return turn + 1, *work(turn, item, pull, carry)
+            return turn + 1, *work(turn, item, pull, it)
 
-        return self._loop(one, first, carry)[-1]
+        self._loop(one, first)
 
-    def copy(self, load, carry):
-        """In the warpgroup that copies: ``carry = load(item, carry)`` for each item."""
-        first = lax.axis_index("tile")
+    def copy(self, load, rings, registers: int):
+        """The part of the warpgroup that copies: ``it = load(item, it)`` for each item.
+
+        rings: ``(free, slots)`` of each ring that ``it`` counts the tiles of; they are drained.
+        """
+        if self.interpret is None:
+            plgpu.set_max_registers(registers, action="decrease")
+        it = self._copy(load, lax.axis_index("tile"))
+        for free, slots in rings:
+            drain(free, it, slots)
+
+    def _copy(self, load, first):
         if not self.persistent:
-            return load(first, carry)
+            return load(first, jnp.int32(0))
         counter = None
         if self.interpret is None:
             counter = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
         def one(state):
-            turn, item, carry = state
+            turn, item, it = state
             slot = lax.rem(turn, SLOTS)
             pl.when(turn >= SLOTS)(lambda: plgpu.barrier_wait(self.taken.at[slot]))
             if counter is None:
@@ -187,16 +216,17 @@ class Queue:
             else:
                 _take(counter, self.blocks, self.box.at[slot])
             plgpu.barrier_arrive(self.ready.at[slot])
-            carry = load(item, carry)
+            it = load(item, it)
             plgpu.barrier_wait(self.ready.at[slot])
-            return turn + 1, self.box[slot], carry
+            return turn + 1, self.box[slot], it
 
-        turn, _, carry = self._loop(one, first, carry)
+        turn, _, it = self._loop(one, first)
         drain(self.taken, turn, SLOTS)
-        return carry
+        return it
 
-    def _loop(self, one, first, carry):
-        return lax.while_loop(lambda s: s[1] < self.items, one, (jnp.int32(0), first, carry))
+    def _loop(self, one, first):
+        start = jnp.int32(0), first, jnp.int32(0)
+        return lax.while_loop(lambda state: state[1] < self.items, one, start)
 
 
 def _take(counter, first: int, box):
