@@ -15,6 +15,7 @@ import pytest
 from attnlab import Blocks, Causal, SinkTokens, Window, attention
 from attnlab.core.dispatch import Device
 from attnlab.core.errors import ImplementationError
+from attnlab.ops.attention import tuning
 from attnlab.ops.attention.carry import attention_step, finish
 
 ON_GPU = Device.default().platform == "gpu"
@@ -166,3 +167,48 @@ def test_a_ring_is_one_call(shape):
     for name, a, b, c in zip(("o", "dq", "dk", "dv", "slope"), fast, exact, rough, strict=True):
         error, allowed = (np.linalg.norm(x - b) / np.linalg.norm(b) for x in (a, c))
         assert error <= 2 * allowed + 4e-3, f"{name}: {error:.2e}, xla {allowed:.2e}"
+
+
+@pytest.mark.parametrize("shape", ["GQA 128", "MHA 64", "MLA 192/128", "256"])
+@pytest.mark.parametrize("case", ["causal", "packed window", "slopes", "bias by query and key"])
+def test_persistent_blocks_change_nothing(case, shape):
+    """Blocks that take rows from a counter give the bits of a block a row, every time."""
+    _, _, N, K, H, V = SHAPES[shape]
+    B, T = 2, 2048
+    B *= -(-512 // (B * K * T // 128))  # more rows of tiles than multiprocessors, each kernel
+    options = dict(CASES[case])
+    if options.pop("packed", False):
+        positions, segments = packed(B, T)
+        options |= dict(positions=positions, segments=segments, layout="packed")
+    make = options.pop("mod", None)
+    extra = {"slope": 0.1 * jnp.arange(1.0, N + 1)}
+    if "bias" in case:
+        extra["bias"] = jax.random.normal(jax.random.key(5), (N, T, T))
+        extra["shared"] = extra["bias"][0]
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = ((N, H), (K, H), (K, V), (N, V))
+    args = [
+        jax.random.normal(key, (B, T, *s), jnp.bfloat16) for key, s in zip(keys, sizes)
+    ]
+
+    def loss(q, k, v, do):
+        mod = {} if make is None else {"score_mod": make(extra)}
+        out = attention(q, k, v, impl="gpu", **options, **mod)
+        return (out * do).astype(jnp.float32).sum(), out
+
+    def runs(forced, times):
+        try:
+            with tuning.forcing(forced):
+                lowered = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True)).lower(*args)
+            step = lowered.compile()
+        except ImplementationError as refusal:
+            pytest.skip(reason=f"refused: {refusal.rule}")
+        return [[np.asarray(x) for x in jax.tree.leaves(step(*args))] for _ in range(times)]
+
+    forced = {"persistent": 1, "persistent_dq": 1}
+    forced |= {"ahead": 0} if max(H, V) > 128 else {}  # two tiles of queries do not fit
+    forced |= {"persistent_dkv": 1} if shape != "256" else {}  # its kernel has none
+    usual = runs({name: 0 for name in forced}, 1)[0]
+    for found in runs(forced, 5):
+        for a, b in zip(found, usual, strict=True):
+            assert (a == b).all()

@@ -194,16 +194,18 @@ def test_candidates(H, V, forward, backward):
 
 
 WINNER = {
-    "forward": {"block_q": 128, "block_k": 64, "stages": 4, "persistent": 1, "ahead": 0},
+    "forward": {
+        "block_q": 128, "block_k": 64, "stages": 4, "persistent": 1, "ahead": 0, "section": 2,
+    },
     "backward": {
         "block_q_dq": 128, "block_k_dq": 64, "stages_dq": 3, "turns_dq": 1, "wide_dq": 2,
-        "persistent_dq": 1, "block_q_dkv": 128, "block_k_dkv": 128, "stages_dkv": 2,
-        "turns_dkv": 0, "wide_dkv": 1, "persistent_dkv": 0,
+        "persistent_dq": 1, "section_dq": 0, "block_q_dkv": 128, "block_k_dkv": 128,
+        "stages_dkv": 2, "turns_dkv": 0, "wide_dkv": 1, "persistent_dkv": 0, "section_dkv": 4,
     },
 }
 TUNED = (
-    Forward(128, 64, 4, persistent=True, ahead=False),
-    Wide(128, 64, 3, 2, turns=True, persistent=True), Wide(128, 128, 2),
+    Forward(128, 64, 4, persistent=True, ahead=False, section=2),
+    Wide(128, 64, 3, 2, turns=True, persistent=True), Wide(128, 128, 2, section=4),
 )
 
 

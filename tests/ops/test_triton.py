@@ -60,7 +60,6 @@ EITHER = Causal() | Prefix(3)
         (dict(softmax_dtype="float64"), "softmax is float32 only, not float64"),
         (dict(H=60), "H = 60 is not a multiple of 8 up to 256"),
         (dict(V=264), "V = 264 is not a multiple of 8 up to 256"),
-        (dict(B=2**16), "B = 65536, served up to 65535"),
         (dict(score=lambda s, h, q, k: s + q), "a score_mod is not served"),
         (dict(mask=Causal() & MaskMod.of(lambda h, q, k: q != 3)), "a mask_mod is not served"),
         (dict(mask=Blocks(jnp.zeros((1, 1, 2, 2), jnp.int32), 128, 128)), "a Blocks mask is not"),

@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attnlab.ops.attention import gpu_work
+from attnlab.ops.attention import gpu_work, order
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_dense import clear_absent
 from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, tiled
@@ -53,6 +53,7 @@ class Config:
     registers: int = 232
     turns: bool = True
     persistent: bool = False
+    section: int = 0
 
 
 def asked(plan: Plan, groups: tuple[str, ...]) -> tuple[int, ...]:
@@ -209,8 +210,8 @@ def grad_q(
     block_k, stages = config.block_k, config.stages
     names = [name for name, _ in plan.names]
     totals = row_vectors(plan)
-    items = B * N * rows
-    blocks = gpu_work.blocks(items, config.persistent)
+    items = order.over_queries(q, k, v, lists, config.section)
+    blocks = gpu_work.blocks(items.count, config.persistent)
     inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     tables = gradient_tables(plan, B, N)
@@ -226,7 +227,7 @@ def grad_q(
 
         def scoped(q_smem, do_smem, k_smem, v_smem, staging, q_bar, kv_bar, free, turn, *box):
             wg = lax.axis_index("wg")
-            queue = gpu_work.Queue((B, N, rows), blocks, *box, interpret)
+            queue = gpu_work.Queue(items, blocks, *box, interpret)
 
             def load_queries(item):
                 b, n, r = queue.place(item)
@@ -324,7 +325,7 @@ def grad_q(
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE),
-            *gpu_work.spaces(blocks < items, COMPUTE),
+            *gpu_work.spaces(blocks < items.count, COMPUTE),
             collective_axes="wg",
         )
 
@@ -343,8 +344,8 @@ def grad_kv(
     block_q, stages = config.block_q, config.stages
     names = [name for name, _ in plan.names]
     wanted = asked(plan, ("columns",))
-    items = B * K * rows
-    blocks = gpu_work.blocks(items, config.persistent)
+    items = order.over_keys(q, k, v, lists, config.section)
+    blocks = gpu_work.blocks(items.count, config.persistent)
     inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_k), jnp.float32)
     outs = [
@@ -362,7 +363,7 @@ def grad_kv(
         def scoped(k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, staging, kv_bar, q_bar,
                    free, turn, *box):
             wg = lax.axis_index("wg")
-            queue = gpu_work.Queue((B, K, rows), blocks, *box, interpret)
+            queue = gpu_work.Queue(items, blocks, *box, interpret)
 
             def load_keys(item):
                 b, kv, r = queue.place(item)
@@ -488,7 +489,7 @@ def grad_kv(
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE),
-            *gpu_work.spaces(blocks < items, COMPUTE),
+            *gpu_work.spaces(blocks < items.count, COMPUTE),
             collective_axes="wg",
         )
 

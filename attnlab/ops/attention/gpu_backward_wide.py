@@ -39,7 +39,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attnlab.ops.attention import gpu_work
+from attnlab.ops.attention import gpu_work, order
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_backward import (
     _add_products,
@@ -63,8 +63,8 @@ class Config:
         block_q, block_k: tokens of a tile of the block lists. stages: tiles of keys (dq) or of
             queries (dk, dv) in flight. stages_v: tiles of values in flight (dq).
         cluster: the two blocks of a row of keys share what they load (dk, dv). turns: the two
-            warpgroups take turns on the tensor cores (dq) or run as they come. persistent:
-            see ``gpu_forward.Config`` (dq).
+            warpgroups take turns on the tensor cores (dq) or run as they come. persistent (dq),
+            section: see ``gpu_forward.Config``.
     """
 
     block_q: int
@@ -75,6 +75,7 @@ class Config:
     turns: bool = True
     registers: int = 232
     persistent: bool = False
+    section: int = 0
 
 
 def grad_q(
@@ -88,8 +89,8 @@ def grad_q(
     block_k, stages, stages_v = config.block_k, config.stages, config.stages_v
     names = [name for name, _ in plan.names]
     totals = row_vectors(plan)
-    items = B * N * rows
-    blocks = gpu_work.blocks(items, config.persistent)
+    items = order.over_queries(q, k, v, lists, config.section)
+    blocks = gpu_work.blocks(items.count, config.persistent)
     inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     tables = gradient_tables(plan, B, N)
@@ -106,7 +107,7 @@ def grad_q(
         def scoped(q_smem, do_smem, k_smem, v_smem, staging, q_bar, k_bar, v_bar, k_free, v_free,
                    turn, *box):
             wg = lax.axis_index("wg")
-            queue = gpu_work.Queue((B, N, rows), blocks, *box, interpret)
+            queue = gpu_work.Queue(items, blocks, *box, interpret)
 
             def swap_turns():
                 if config.turns:
@@ -228,7 +229,7 @@ def grad_q(
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages_v),
             plgpu.Barrier(num_arrivals=COMPUTE),
-            *gpu_work.spaces(blocks < items, COMPUTE),
+            *gpu_work.spaces(blocks < items.count, COMPUTE),
             collective_axes="wg",
         )
 

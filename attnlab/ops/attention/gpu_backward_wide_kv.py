@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attnlab.ops.attention import gpu_work
+from attnlab.ops.attention import gpu_work, order
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_backward import (
     COLUMN,
@@ -44,6 +44,7 @@ def grad_kv(
     shared = config.cluster and interpret is None
     names = [name for name, _ in plan.names]
     wanted = asked(plan, ("columns",))
+    items = order.over_keys(q, k, v, lists, config.section)
     inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_k), jnp.float32)
     outs = [
@@ -61,9 +62,8 @@ def grad_kv(
 
         def scoped(k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, sent, staging, kv_bar,
                    q_bar, do_bar, vector_bar, q_free, do_free, vector_free, sent_bar, sent_free):
-            wg, step_id = lax.axis_index("wg"), lax.axis_index("tile")
-            bk, r = lax.div(step_id, rows), lax.rem(step_id, rows)
-            b, kv = lax.div(bk, K), lax.rem(bk, K)
+            wg = lax.axis_index("wg")
+            b, kv, r = items.place(lax.axis_index("tile"))
             k0 = listed.index(b, kv * G, r) * config.block_k + lax.axis_index("half") * WIDTH
             at = (b, pl.ds(k0, WIDTH), kv)
 

@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attnlab.ops.attention import gpu_work
+from attnlab.ops.attention import gpu_work, order
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_plan import Plan
 from attnlab.ops.attention.gpu_tiles import (
@@ -50,7 +50,7 @@ class Config:
     Args:
         block_q, block_k: tokens of a tile. stages: tiles of keys and values in flight.
         persistent: blocks take one row of tiles after the other, see ``gpu_work``. ahead: they
-            load the queries of the next row beside this one's.
+            load the queries of the next row beside this one's. section: see ``order``.
     """
 
     block_q: int
@@ -59,6 +59,7 @@ class Config:
     registers: int = 232
     persistent: bool = False
     ahead: bool = True
+    section: int = 0
 
 
 def tiled(dtype, *shape) -> Any:
@@ -100,9 +101,9 @@ def forward(
     G, rows = N // K, lists.rows
     block_k, stages, dtype = config.block_k, config.stages, q.dtype
     names = [name for name, _ in plan.names]
-    items = B * N * rows
-    blocks = gpu_work.blocks(items, config.persistent)
-    buffers = 2 if config.ahead and blocks < items else 1
+    items = order.over_queries(q, k, v, lists, config.section)
+    blocks = gpu_work.blocks(items.count, config.persistent)
+    buffers = 2 if config.ahead and blocks < items.count else 1
     vector = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     outs = [jax.ShapeDtypeStruct((B, T, N, V), dtype), vector]
     if state:
@@ -123,7 +124,7 @@ def forward(
                    turn, *box):
             q_smem, o_smem = (qo_smem, qo_smem) if H == V else qo_smem
             wg = lax.axis_index("wg")
-            queue = gpu_work.Queue((B, N, rows), blocks, *box, interpret)
+            queue = gpu_work.Queue(items, blocks, *box, interpret)
 
             def swap_turns():
                 plgpu.barrier_arrive(turn)
@@ -290,7 +291,7 @@ def forward(
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE),
-            *gpu_work.spaces(blocks < items, COMPUTE),
+            *gpu_work.spaces(blocks < items.count, COMPUTE),
             collective_axes="wg",
         )
 

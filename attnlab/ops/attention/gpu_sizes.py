@@ -7,6 +7,7 @@ Besides
 | name | 0 | otherwise |
 |---|---|---|
 | ``persistent``, also ``_dq``, ``_dkv`` | a block a row of tiles | 1: blocks take row after row |
+| ``section``, also ``_dq``, ``_dkv`` | as many heads as L2 holds | so many heads, see ``order`` |
 | ``ahead`` | see ``gpu_forward.Config`` | 1: if persistent, the next queries are loaded early |
 | ``turns_dq``, ``turns_dkv`` | two warpgroups run as they come | 1: they take turns to multiply |
 | ``wide_dq`` | ``gpu_backward`` | ``gpu_backward_wide``, so many tiles of values in flight |
@@ -30,11 +31,11 @@ from attnlab.ops.attention import tuning
 # The fields of a kernel's Config that are chosen, by the ending of their names. What is no count is
 # a flag, 0 or 1, and 0 unless said otherwise: a new one is a word here.
 FIELDS = {
-    "": ("block_q", "block_k", "stages", "persistent", "ahead"),
-    "_dq": ("block_q", "block_k", "stages", "turns", "wide", "persistent"),
-    "_dkv": ("block_q", "block_k", "stages", "turns", "wide", "persistent"),
+    "": ("block_q", "block_k", "stages", "persistent", "ahead", "section"),
+    "_dq": ("block_q", "block_k", "stages", "turns", "wide", "persistent", "section"),
+    "_dkv": ("block_q", "block_k", "stages", "turns", "wide", "persistent", "section"),
 }
-COUNTS = ("block_q", "block_k", "stages")
+COUNTS = ("block_q", "block_k", "stages", "section")
 NOT_WIDE = ("turns_dkv", "persistent_dkv")  # what the kernels of wide heads do not have
 ENDS = {"forward": ("",), "backward": ("_dq", "_dkv")}
 ROWS = 128  # of the side that a block owns: two warpgroups of 64

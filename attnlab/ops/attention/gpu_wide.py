@@ -34,7 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attnlab.ops.attention import gpu_work
+from attnlab.ops.attention import gpu_work, order
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_backward import _take_apart, _zeros
 from attnlab.ops.attention.gpu_backward_wide import launch
@@ -53,6 +53,7 @@ class Config:
         block_q, block_k: tokens of a tile of the block lists; ``block_q = 128``. stages: tiles of
             keys in flight. stages_v: tiles of values. cluster: the two blocks of a row of queries
             share what they load. value_is_prefix: ``v = k[..., :V]``, and v is not read.
+            section: see ``gpu_forward.Config``.
     """
 
     block_q: int
@@ -62,6 +63,7 @@ class Config:
     cluster: bool = True
     value_is_prefix: bool = False
     registers: int = 232
+    section: int = 0
 
 
 def forward(
@@ -82,6 +84,7 @@ def forward(
         jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32),
     ]
     tensors = [q, k, *([] if prefix else [v]), *([] if sink is None else [sink])]
+    items = order.over_queries(q, k, None if prefix else v, lists, config.section)
     inputs = [*tensors, *gpu_work.given(lists), *operands]
 
     def kernel(*refs):
@@ -97,9 +100,8 @@ def forward(
         def scoped(qo_smem, k_smem, v_smem, p_smem, factor_smem, lse_smem, q_bar, k_bar, v_bar,
                    k_free, v_free, p_bar, p_free):
             q_smem, o_smem = qo_smem
-            wg, step_id = lax.axis_index("wg"), lax.axis_index("tile")
-            bn, r = lax.div(step_id, rows), lax.rem(step_id, rows)
-            b, n = lax.div(bn, N), lax.rem(bn, N)
+            wg = lax.axis_index("wg")
+            b, n, r = items.place(lax.axis_index("tile"))
             row = listed.row(b, n, r)
             q0 = row.index * config.block_q + lax.axis_index("half") * WIDTH
 

@@ -1,10 +1,9 @@
 """The work of a Hopper kernel: what it reads of the block lists, and which block does what.
 
-An item is one tile of queries (or of keys) of one head. A kernel runs one block an item, or a few
+An item is a row of tiles of one head (``order``). A kernel runs one block an item, or a few
 *persistent* blocks, one a multiprocessor, that take items until none is left: then copies run ahead
-into the next item, and neither a start of a block nor the first loads are waited for. Items of a
-head are adjacent, so that its keys and values stay in L2, longest first; a block takes the next one
-when it is free for it. Who does an item does not change its result.
+into the next item, and neither a start of a block nor the first loads are waited for. A block takes
+the next item when it is free for it. Who does an item does not change its result.
 """
 
 # Pallas references, layouts and kernels have no types that a checker can follow.
@@ -14,7 +13,6 @@ when it is free for it. Who does an item does not change its result.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,6 +24,7 @@ from attnlab.core.dispatch import Device
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_tiles import lead
 from attnlab.ops.attention.hopper import cores
+from attnlab.ops.attention.order import Items
 
 SLOTS = 4  # items that the copies may be ahead
 
@@ -118,12 +117,11 @@ class Queue:
     """Who does which item; with as many ``blocks`` as ``items`` each has its own.
 
     Args:
-        shape: batch rows, heads and rows of tiles; an item is one of each. box: int32 ``[SLOTS]``
-            in shared memory, from the copying warpgroup to those that compute. ready, taken:
-            barriers of its slots. interpret: see ``gpu_attend``.
+        box: int32 ``[SLOTS]`` in shared memory, from the copying warpgroup to those that compute.
+            ready, taken: barriers of its slots. interpret: see ``gpu_attend``.
     """
 
-    shape: tuple[int, int, int]
+    items: Items
     blocks: int
     box: Any
     ready: Any
@@ -131,18 +129,12 @@ class Queue:
     interpret: Any
 
     @property
-    def items(self) -> int:
-        return math.prod(self.shape)
-
-    @property
     def persistent(self) -> bool:
-        return self.blocks < self.items
+        return self.blocks < self.items.count
 
     def place(self, item):
-        """Batch row, head, and rank of the row of tiles."""
-        _, heads, rows = self.shape
-        outer = lax.div(item, rows)
-        return lax.div(outer, heads), lax.rem(outer, heads), lax.rem(item, rows)
+        """See ``Items.place``."""
+        return self.items.place(item)
 
     def compute(self, work, load, registers: int):
         """The part of a warpgroup that computes: ``after, it = work(turn, item, pull, it)`` for
@@ -161,18 +153,18 @@ class Queue:
     def load_next(self, pull, load):
         """Learn the next item and load what it owns, over outputs that are written by then.
 
-        Returns the item, ``items`` or more where there is none.
+        Returns the item, their number or more where there is none.
         """
         after = pull()
         if self.persistent:
             plgpu.wait_smem_to_gmem(0)
-            pl.when(after < self.items)(lambda: load(after))
+            pl.when(after < self.items.count)(lambda: load(after))
         return after
 
     def _compute(self, work, first):
         zero = jnp.int32(0)
         if not self.persistent:
-            work(zero, first, lambda: jnp.int32(self.items), zero)
+            work(zero, first, lambda: jnp.int32(self.items.count), zero)
             return
 
         def one(state):
@@ -226,7 +218,7 @@ class Queue:
 
     def _loop(self, one, first):
         start = jnp.int32(0), first, jnp.int32(0)
-        return lax.while_loop(lambda state: state[1] < self.items, one, start)
+        return lax.while_loop(lambda state: state[1] < self.items.count, one, start)
 
 
 def _take(counter, first: int, box):

@@ -21,13 +21,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from attnlab.core.dispatch import Device, Implementation
 from attnlab.core.mask import Blocks, MaskMod, parts
-from attnlab.ops.attention import triton_mask, tuning
+from attnlab.ops.attention import order, triton_mask, tuning
 from attnlab.ops.attention.blocks import Runs, block_lists
 from attnlab.ops.attention.triton_sizes import KINDS, NAMES, capability, padded
 
 HALF = ("bfloat16", "float16")
 MOST_WIDTH, MOST_CLAUSES = 256, 8
-MOST_PROGRAMS = 2**16 - 1  # of a CUDA grid along its second and third axis
 # (jax, jax-triton, triton): jax-triton speaks to private parts of both, so other triples may break.
 TESTED = (("0.11.2", "0.3.1", "3.6.0"),)
 LOG2E = float(np.log2(np.e))
@@ -52,8 +51,6 @@ def _limits(call):
         yield width % 8 > 0 or not 8 <= width <= MOST_WIDTH, (
             f"{name} = {width} is not a multiple of 8 up to {MOST_WIDTH}"
         )
-    for name, size in (("N", call.N), ("B", call.B)):
-        yield size > MOST_PROGRAMS, f"{name} = {size}, served up to {MOST_PROGRAMS}"
     yield call.score is not None, "a score_mod is not served"
     for part in parts(call.mask):
         yield isinstance(part, MaskMod), "a mask_mod is not served"
@@ -95,7 +92,7 @@ class Launch:
     kernel: Any
     arrays: Sequence[jax.Array]
     outs: Sequence[jax.ShapeDtypeStruct]
-    grid: tuple[int, int, int]
+    grid: tuple[int]
     warps: int
     stages: int
     constants: dict[str, Any]
@@ -187,8 +184,8 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _run(static: _Static, kernel, arrays, outs, blocks, end: str, fixed):
     """Launch a kernel over its rows of tiles, for each head and row of the batch."""
     mask, q_coords, k_coords = fixed
-    q, _, v = arrays[:3]
-    B, T, N, H = q.shape
+    q, k, v = arrays[:3]
+    T, N, H = q.shape[1:]
     S, K, V = v.shape[1:]
     block_q, block_k, warps, stages = (blocks[name + end] for name in NAMES)
     over_keys = end == "_dkv"
@@ -212,8 +209,10 @@ def _run(static: _Static, kernel, arrays, outs, blocks, end: str, fixed):
         constants[f"{name}_STRIDE"] = 0 if shared else 2 * listed.shape[1]
     given += [clauses.low, clauses.high, segments[0], k_coords.positions, segments[1]]
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs]
-    grid = (lists.rows, K if over_keys else N, B)
-    return static.launch(Launch(kernel, given, outs, grid, warps, stages, constants))
+    over = order.over_keys if over_keys else order.over_queries
+    items = over(q, k, v, lists)
+    constants |= dict(ROWS=items.rows, SECTION=items.section)
+    return static.launch(Launch(kernel, given, outs, (items.count,), warps, stages, constants))
 
 
 def _packed(runs: Runs) -> tuple[jax.Array, jax.Array]:

@@ -25,6 +25,7 @@ from attnlab.ops.attention.triton_tiles import (
     beside_queries,
     capped,
     load_tile,
+    place_of,
     run_of,
     run_range,
     store_tile,
@@ -100,11 +101,12 @@ def attention_dq(
     V: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CLAUSES: tl.constexpr,
     FLAGS: tl.constexpr, PLACES: tl.constexpr, ROWS_STRIDE: tl.constexpr,
     FULL_STRIDE: tl.constexpr, PARTIAL_STRIDE: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+    SECTION: tl.constexpr,
 ):
     """``dq[B, T, N, H]``; lse (in units of log 2) and delta: fp32 ``[B, N, T]``. Grid and the other
     arguments as in ``attention_fwd``."""
-    row, n, b = tl.load(order + tl.program_id(0)), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, n, b = place_of(order, N, ROWS, SECTION)
     kv = n // (N // K)
     q0 = row * BLOCK_Q
     uneven: tl.constexpr = T % BLOCK_Q != 0
@@ -174,11 +176,12 @@ def attention_dkv(
     V: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CLAUSES: tl.constexpr,
     FLAGS: tl.constexpr, PLACES: tl.constexpr, ROWS_STRIDE: tl.constexpr,
     FULL_STRIDE: tl.constexpr, PARTIAL_STRIDE: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+    SECTION: tl.constexpr,
 ):
-    """``dk[B, S, K, H]`` and ``dv[B, S, K, V]``, summed over the query heads of a group; grid
-    (rows of tiles of keys, K, B); lists are transposed."""
-    row, kv, b = tl.load(order + tl.program_id(0)), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """``dk[B, S, K, H]`` and ``dv[B, S, K, V]``, summed over the query heads of a group; a
+    program an item of ``order.Items`` over keys; lists are transposed."""
+    row, kv, b = place_of(order, K, ROWS, SECTION)
     G: tl.constexpr = N // K
     k0 = row * BLOCK_K
     uneven: tl.constexpr = S % BLOCK_K != 0

@@ -21,6 +21,7 @@ from attnlab.ops.attention.triton_tiles import (
     base_of,
     capped,
     load_tile,
+    place_of,
     run_of,
     run_range,
     store_tile,
@@ -80,16 +81,17 @@ def attention_fwd(
     V: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, CLAUSES: tl.constexpr,
     FLAGS: tl.constexpr, PLACES: tl.constexpr, ROWS_STRIDE: tl.constexpr,
     FULL_STRIDE: tl.constexpr, PARTIAL_STRIDE: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+    SECTION: tl.constexpr,
 ):
     """``o[B, T, N, V]`` and fp32 ``lse[B, N, T]`` of ``q[B, T, N, H]``, ``k[B, S, K, H]``,
-    ``v[B, S, K, V]``; grid (rows of tiles, N, B).
+    ``v[B, S, K, V]``; a program an item of ``order.Items``.
 
     Args:
-        sink: fp32 ``[N]``, -inf for none. order: int32 ``[R]``, rows of tiles, longest first.
-        full_rows, ...: see ``run_range``. low, ...: see ``visible``.
+        sink: fp32 ``[N]``, -inf for none. order, ROWS, SECTION: see ``place_of``. full_rows, ...:
+            see ``run_range``. low, ...: see ``visible``.
     """
-    row, n, b = tl.load(order + tl.program_id(0)), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, n, b = place_of(order, N, ROWS, SECTION)
     kv = n // (N // K)
     q_tile = load_tile(
         base_of(q, b, n, T, N, H), row * BLOCK_Q, T, H, N * H, BLOCK_Q, BLOCK_H, T % BLOCK_Q != 0

@@ -48,6 +48,18 @@ def store_tile(
 
 
 @triton.jit
+def place_of(order, HEADS: tl.constexpr, ROWS: tl.constexpr, SECTION: tl.constexpr):
+    """Row of tiles, head and (64-bit) row of the batch of this program; see ``order.Items``.
+
+    order: int32 ``[ROWS]``, rows of tiles, longest first.
+    """
+    item = tl.program_id(0)
+    part, rest = item // (ROWS * SECTION), item % (ROWS * SECTION)
+    head = part * SECTION + rest % SECTION
+    return tl.load(order + rest // SECTION), head % HEADS, (head // HEADS).to(tl.int64)
+
+
+@triton.jit
 def base_of(x, b, head, LENGTH: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """Where row ``b`` (64-bit) of a head starts in ``x[B, LENGTH, HEADS, WIDTH]``."""
     return x + b * (LENGTH * HEADS * WIDTH) + head * WIDTH
