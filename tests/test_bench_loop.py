@@ -9,15 +9,16 @@ import pytest
 
 from attnlab import cli
 from attnlab.analysis import bench_attention, bench_report
-from attnlab.analysis.bench_cases import BOTH, Decode
+from attnlab.analysis.bench_cases import BOTH, FORWARD, Decode
 from attnlab.core.errors import ConfigError, DataError
 
 
 class Fake:
     """A worker that answers at once; ``ms[impl]`` is the device time, or the reason for none."""
 
-    def __init__(self, ms, versions=None, platform="gpu", clock=None):
-        self.ms, self.asked, self.clock = ms, [], clock
+    def __init__(self, ms, versions=None, platform="gpu", clock=None, dies_at=None):
+        self.dies_at = dies_at
+        self.ms, self.asked, self.timed, self.clock = ms, [], [], clock
         self.versions, self.platform = versions or {"jax": "1"}, platform
 
     def stamp(self):
@@ -29,15 +30,22 @@ class Fake:
             return {"matmul_tflops": 790.0, "copy_gb_s": 4300.0}
         if method == "reference":
             return {"reference_s": 1.0}
+        ms = self.ms[arguments["impl"]]
+        if method == "time":
+            self.timed.append((arguments["impl"], arguments["direction"]))
+            if self.dies_at == len(self.timed):
+                self.asked.append("lost")
+                return {"reason": "it died", "lost": True}
+            ms *= 1.5 if self.timed.count(self.timed[-1]) == 2 else 1  # the card was warm
+            return {"device_ms": ms, "queued_ms": ms * 1.05, "wall_ms": ms * 1.2,
+                    "kernels": {"k": ms}, "method": "fake", "calls": 5}
+        assert method == "prepare"
         self.asked.append((arguments["case"].name, arguments["impl"], arguments["direction"]))
         if self.clock:
             self.clock[0] += 30
-        ms = self.ms[arguments["impl"]]
         if isinstance(ms, str):
             return {"reason": ms}
-        return {"pairs": 1e8, "compile_s": 1.0, "errors": {"o": 1e-3}, "repeatable": True,
-                "device_ms": ms, "queued_ms": ms * 1.05, "wall_ms": ms * 1.2, "kernels": {"k": ms},
-                "method": "fake", "calls": 5}
+        return {"pairs": 1e8, "compile_s": 1.0, "errors": {"o": 1e-3}, "repeatable": True}
 
     def stop(self):
         pass
@@ -50,7 +58,8 @@ def measured(tmp_path, jax_ms, torch_ms, words="causal-128", **options):
         cells, workers, tmp_path / "rows.json", command="attnlab bench attention",
         say=lambda line: None, **options,
     )
-    assert len(done) == sum(len(worker.asked) for worker in workers.values())
+    asked = {cell for worker in workers.values() for cell in worker.asked if cell != "lost"}
+    assert {(case.name, impl, way) for case, impl, way in done} == asked
     return rows, left, workers, cells
 
 
@@ -99,6 +108,25 @@ def test_the_table_holds_ratios_and_reasons(tmp_path):
     slow = next(r for r in rows if r["impl"] == "flex") | {"device_ms": None}
     gpu = next(r for r in rows if r["impl"] == "gpu")
     assert bench_report.ratio(gpu, [slow])[0] == pytest.approx(1.5)  # both by the queue
+
+
+def test_cells_of_a_call_are_timed_in_turn(tmp_path):
+    rows, _, workers, _ = measured(tmp_path, {"gpu": 2.0, "cudnn": 4.0}, {"flex": 3.0})
+    ways = [way for way in (FORWARD, BOTH) for _ in range(6)]
+    assert workers["jax"].timed == [*zip(["gpu", "cudnn"] * 6, ways, strict=True)]
+    assert all(r["rounds_ms"] == [r["device_ms"] * x for x in (1, 1.5, 1)] for r in rows)
+    assert all(r["calls"] == 15 for r in rows)
+
+
+def test_a_process_that_dies_costs_one_cell(tmp_path):
+    """The others of its process are made ready again."""
+    rows, left, workers, _ = measured(
+        tmp_path, {"gpu": 2.0, "cudnn": 4.0}, {"flex": 3.0}, jax={"dies_at": 3}
+    )
+    reasons = {(r["impl"], r["direction"]): r["reason"] for r in rows}
+    assert reasons.pop(("gpu", FORWARD)) == "it died" and set(reasons.values()) == {None}
+    asked = workers["jax"].asked
+    assert asked[asked.index("lost") + 1] == ("causal-128", "cudnn", FORWARD) and not left
 
 
 def test_long_rows_need_a_gpu(tmp_path):

@@ -2,8 +2,10 @@
 
 A cell is (case, implementation, direction). Every cell is compared with dense fp32 attention on the
 same data at the same length before it is timed; what disagrees gets a row with the reason and no
-time, and so does what refuses, fails or never ends. With ``--out`` rows are stored as they come,
-one a cell and device, and a cell is skipped while device, versions and the code behind it stand.
+time, and so does what refuses, fails or never ends. The implementations of one call are timed in
+turn, several rounds of it: a card that gets warmer is slower for all of them. With ``--out`` rows
+are stored as they come, one a cell and device, and a cell is skipped while device, versions and the
+code behind it stand.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ import functools
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from attnlab.analysis import bench_cases, bench_report
 from attnlab.analysis.bench import save, stored
 from attnlab.analysis.bench_cases import BOTH, FORWARD, OURS, Case, Decode
+from attnlab.analysis.bench_timing import merged
 from attnlab.analysis.bench_worker import Worker
 from attnlab.core.errors import ConfigError, UnsupportedError
 
@@ -32,7 +36,8 @@ KINDS = {
 }
 ON_REQUEST = ("flex-tuned",)  # minutes of autotuning a cell
 CELL_S = 180.0  # seconds a cell may take: its compilation, comparison and timing
-LEAST_S = 20.0  # seconds that must be left to begin one
+LEAST_S = 40.0  # seconds that must be left to begin a group of them
+ROUNDS = 3  # of timing, one implementation after the other
 CPU_LENGTH = 2048  # longest rows without a GPU
 Cell = tuple[Case | Decode, str, str]
 
@@ -109,11 +114,11 @@ def chosen(
     cells: list[Cell] = [
         (one, name, way)
         for one in bench_cases.chosen(case, seq_len)
+        for way in ways
+        if way in one.directions
         for name in names
         if not isinstance(one, Decode) or (name in OURS and name != "gpu-wide")
         if name != "flex-exp" or getattr(one, "mod", None) == "cap"
-        for way in ways
-        if way in one.directions
     ]
     if not cells:
         raise ConfigError(
@@ -163,25 +168,35 @@ def run(
             fresh = old and all(old[n] == row[n] for n in ("versions", "revision"))
             if again or not fresh:
                 todo.append(((case, impl, way), row))
+        groups: dict[tuple, list] = {}
+        for cell, row in todo:
+            groups.setdefault((cell[0], cell[2]), []).append((cell, row))
+        order = list(groups.values())
         if again:  # the longest ago first, so that limited runs go round
-            todo.sort(key=lambda item: kept.get(_key(item[1]), {"run": ""})["run"])
+            order.sort(key=lambda group: min(
+                kept.get(_key(row), {"run": ""})["run"] for _, row in group
+            ))
         say(f"{stamp['device']}: {len(todo)} cells, {len(cells) - len(todo)} stored already")
         done: list[Cell] = []
         session = _Session(workers, stamps, seconds, started)
         with tempfile.TemporaryDirectory() as folder:
             session.folder = Path(folder)
-            for cell, row in todo:
-                measured = session.cell(*cell)
+            for group in order:
+                case, _, way = group[0][0]
+                measured = session.group(case, way, [impl for (_, impl, _), _ in group])
                 if measured is None:
                     break
-                done.append(cell)
-                row |= measured
-                _derive(row, cell[0])
-                kept[_key(row)] = row
+                for cell, row in group:
+                    row |= measured[cell[1]]
+                    _derive(row, cell[0])
+                    kept[_key(row)] = row
+                    say(bench_report.line(row))
+                done += [cell for cell, _ in group]
                 if out is not None:
                     save(out, list(kept.values()))
-                say(bench_report.line(row))
-        return list(kept.values()), done, [cell for cell, _ in todo[len(done) :]]
+        return list(kept.values()), done, [
+            cell for group in order for cell, _ in group if cell not in done
+        ]
     finally:
         for worker in workers.values():
             worker.stop()
@@ -196,42 +211,88 @@ class _Session:
         self.folder = Path()
         self.ceilings: dict[str, Any] = {}
         self.references: dict[str, dict[str, Any]] = {}
-        self.longest = {kind: LEAST_S for kind in workers}
+        self.longest = LEAST_S
+        self.cut = False  # whether the limit ended something, not its own time
 
     def left(self) -> float:
         return CELL_S if self.seconds is None else self.seconds - (time.monotonic() - self.started)
 
-    def cell(self, case: Case | Decode, impl: str, way: str) -> dict[str, Any] | None:
-        """The measured part of a row; None if the limit is too near."""
-        kind = KINDS[impl]
-        if "reason" in self.stamps[kind]:
-            return {"reason": self.stamps[kind]["reason"]}
-        if self.left() < self.longest[kind]:
+    def group(
+        self, case: Case | Decode, way: str, impls: Sequence[str]
+    ) -> dict[str, dict[str, Any]] | None:
+        """The measured parts of the rows of one call; None if the limit is too near.
+
+        First all are compiled and compared with the reference, then they are timed in turn.
+        """
+        if self.left() < self.longest:
             return None
+        began = time.monotonic()
         if not self.ceilings:
             self.ceilings = self._ask("jax", "ceilings")
         if case.name not in self.references:
             path = str(self.folder / f"{case.name}.npz")
-            asked = self._ask("jax", "reference", case=case, path=path)
-            if asked.pop("lost", False) and self.left() < 1:
-                return None
-            self.references[case.name] = {"path": path, **asked}
+            self.references[case.name] = {
+                "path": path, **self._ask("jax", "reference", case=case, path=path)
+            }
         known = self.references[case.name]
         if "reason" in known:
-            return {"reason": f"no reference: {known['reason']}"}
-        began = time.monotonic()
-        found = self._ask(
-            kind, "measure", case=case, impl=impl, direction=way, reference=known["path"]
-        )
-        if found.pop("lost", False) and self.left() < 1:
-            return None  # the limit cut it short, not its own time
-        if found.get("reason") is None:
-            self.longest[kind] = max(self.longest[kind], time.monotonic() - began)
+            self.references.pop(case.name)
+            return {impl: {"reason": f"no reference: {known['reason']}"} for impl in impls}
+
+        about = {"case": case, "direction": way, "reference": known["path"]}
+        kinds = list(dict.fromkeys(KINDS[impl] for impl in impls))
+        with ThreadPoolExecutor(len(kinds)) as pool:  # each has a process of its own
+            parts = pool.map(
+                lambda kind: self._prepared(kind, [i for i in impls if KINDS[i] == kind], about),
+                kinds,
+            )
+            found = {impl: row for part in parts for impl, row in part.items()}
+        rounds: dict[str, list[dict[str, Any]]] = {impl: [] for impl in impls}
+        for _ in range(ROUNDS):
+            for impl in impls:
+                if not _sound(found[impl]):
+                    continue
+                kind = KINDS[impl]
+                taken = self._ask(kind, "time", impl=impl, direction=way)
+                lost = taken.pop("lost", False)
+                found[impl] |= {"reason": taken.pop("reason", None)}
+                rounds[impl].append(taken)
+                if lost:
+                    others = [i for i in impls if KINDS[i] == kind and _sound(found[i])]
+                    found |= self._prepared(kind, others, about)
+        if self.cut:
+            return None
+        self.longest = max(self.longest, time.monotonic() - began)
         rates = {n: self.ceilings.get(n) for n in ("matmul_tflops", "copy_gb_s")}
-        return rates | {"reason": None} | found
+        return {
+            impl: rates | {"reason": None} | row | (merged(rounds[impl]) if _sound(row) else {})
+            for impl, row in found.items()
+        }
+
+    def _prepared(
+        self, kind: str, impls: Sequence[str], about: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """Rows of implementations that are ready in the process of ``kind``, or have a reason."""
+        if "reason" in self.stamps[kind]:
+            return {impl: {"reason": self.stamps[kind]["reason"]} for impl in impls}
+        found: dict[str, dict[str, Any]] = {}
+        waiting = list(impls)
+        while waiting:
+            impl = waiting.pop(0)
+            row = self._ask(kind, "prepare", impl=impl, **about)
+            if row.pop("lost", False):  # and with the process those that were ready
+                waiting += [i for i in found if _sound(found[i])]
+            found[impl] = row
+        return found
 
     def _ask(self, kind: str, method: str, **arguments: Any) -> dict[str, Any]:
-        return self.workers[kind].ask(method, max(min(CELL_S, self.left()), 1.0), **arguments)
+        reply = self.workers[kind].ask(method, max(min(CELL_S, self.left()), 1.0), **arguments)
+        self.cut |= bool(reply.get("lost")) and self.left() < 1
+        return reply
+
+
+def _sound(row: Mapping[str, Any]) -> bool:
+    return row.get("reason") is None
 
 
 def _row(case: Case | Decode, impl: str, way: str) -> dict[str, Any]:

@@ -21,10 +21,12 @@ PACKAGES = ("jax", "jaxlib", "tokamax", "jax-triton", "triton", "nvidia-cudnn-cu
 
 
 class Engine:
-    """Measures calls of the op on the first device of jax; keeps the data of one case there."""
+    """Measures calls of the op on the first device of jax; keeps the data of one case there, and
+    the calls of it that are ready to be timed."""
 
     def __init__(self) -> None:
         self.case: Case | Decode | None = None
+        self.ready: dict[tuple[str, str], Any] = {}
         self.data: dict[str, jax.Array] = {}
         self.pairs = 0.0
 
@@ -62,10 +64,11 @@ class Engine:
         np.savez(path, **exact)
         return {"reference_s": time.perf_counter() - started}
 
-    def measure(
+    def prepare(
         self, case: Case | Decode, impl: str, direction: str, reference: str
     ) -> dict[str, Any]:
-        """Compare one cell with the reference file and time it; the measured part of its row."""
+        """Compile one cell and compare it with the reference file: a part of its row. A cell that
+        agrees can be timed as long as its case lasts."""
         data = self._load(case)
         if isinstance(case, Decode):
             function, args = bench_decode.call(case, impl, data)
@@ -87,20 +90,22 @@ class Engine:
         again = function(*args)
         row["repeatable"] = all(bool((again[n] == x).all()) for n, x in first.items())
         del first, again, found
-        times = bench_timing.take(
-            lambda: function(*args), jax.block_until_ready,
-            functools.partial(bench_timing.jax_kernels, function, args),
-        )
         if isinstance(case, Case) and case.sight == "blocks" and impl in OURS:
             row |= lists_times(case, data)
         if isinstance(case, Case) and planned(case, impl):
-            function = jax.jit(functools.partial(_plan, case))
-            row["lists_ms"] = _device_ms(function, (data["positions"], data["segments"]))
-        return row | times.row()
+            plan_ = jax.jit(functools.partial(_plan, case))
+            row["lists_ms"] = _device_ms(plan_, (data["positions"], data["segments"]))
+        self.ready[impl, direction] = function, args
+        return row
+
+    def time(self, impl: str, direction: str) -> dict[str, Any]:
+        """A round of timing a cell that is ready; the rest of its row."""
+        function, args = self.ready[impl, direction]
+        return _times(function, args).row()
 
     def _load(self, case: Case | Decode) -> dict[str, jax.Array]:
         if self.case != case:
-            self.case, self.data = None, {}
+            self.case, self.data, self.ready = None, {}, {}
             if isinstance(case, Decode):
                 self.data, self.pairs = bench_decode.arrays(case), float(case.S)
             else:
@@ -182,11 +187,15 @@ def _plan(case: Case, positions, segments):
     return mask
 
 
-def _device_ms(function, args) -> float | None:
-    times = bench_timing.take(
+def _times(function, args) -> bench_timing.Times:
+    return bench_timing.take(
         lambda: function(*args), jax.block_until_ready,
         functools.partial(bench_timing.jax_kernels, function, args),
     )
+
+
+def _device_ms(function, args) -> float | None:
+    times = _times(function, args)
     return times.queued_ms if times.device_ms is None else times.device_ms
 
 

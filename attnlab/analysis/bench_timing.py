@@ -3,7 +3,8 @@
 ``device_ms``: sum of the times of all kernels of a call, from CUPTI, median of the calls.
 ``queued_ms``: time a call where up to ten wait in the queue: kernels, gaps between, host hidden.
 ``wall_ms``: host clock round one call until its results are there, median.
-All in milliseconds.
+All in milliseconds. A call is timed in several rounds, between which its peers are, so that they
+all see the card as warm; what counts are the medians of the rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 Kernels = Sequence[tuple[str, float]]  # name and milliseconds of every kernel of one call
-SECONDS, LEAST, MOST, QUEUE, TRACED = 0.6, 5, 100, 10, 10
+SECONDS, LEAST, MOST, QUEUE, TRACED = 0.2, 5, 100, 10, 10  # of a round
 NAME = 96  # characters of a kernel's name that are kept
 
 
@@ -74,6 +75,22 @@ def take(
         device, statistics.median(queues) * 1e3, statistics.median(walls) * 1e3, by_name, method,
         calls,
     )
+
+
+def merged(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of several rounds, each as ``Times.row()``: medians, the kernels of the middle round,
+    and ``rounds_ms``, the time of each."""
+    def time_of(row):
+        return row["queued_ms"] if row["device_ms"] is None else row["device_ms"]
+
+    middle = sorted(rounds, key=time_of)[len(rounds) // 2]
+    found = {}
+    for name in ("device_ms", "queued_ms", "wall_ms"):
+        known = [row[name] for row in rounds if row[name] is not None]
+        found[name] = statistics.median(known) if known else None
+    return middle | found | {
+        "calls": sum(row["calls"] for row in rounds), "rounds_ms": [time_of(row) for row in rounds]
+    }
 
 
 def summed(calls: Sequence[Kernels]) -> tuple[float | None, dict[str, float]]:

@@ -34,7 +34,8 @@ PACKAGES = ("torch", "triton", "nvidia-cudnn-cu13", "flash-attn-4", "nvidia-cutl
 
 
 class Engine:
-    """Measures torch's attention on one device; keeps the data of one case there.
+    """Measures torch's attention on one device; keeps the data of one case there, and the calls of
+    it in one direction that are ready to be timed.
 
     Args:
         device: "cuda", or "cpu" to try the harness (FlexAttention has no gradient there).
@@ -52,6 +53,7 @@ class Engine:
         self.device = device
         self.case: Case | None = None
         self.data: dict[str, Any] = {}
+        self.ready: dict[tuple[str, str], Callable[[], dict]] = {}
         self.pairs = 0.0
 
     def stamp(self) -> dict[str, Any]:
@@ -69,14 +71,17 @@ class Engine:
         except Exception:  # whatever it is, the process is of no more use
             return False
 
-    def measure(
+    def prepare(
         self, case: Case | Decode, impl: str, direction: str, reference: str
     ) -> dict[str, Any]:
-        """Compare one cell with the reference file and time it; the measured part of its row."""
+        """Compile one cell and compare it with the reference file: a part of its row. A cell that
+        agrees can be timed until another case or direction is prepared."""
         if isinstance(case, Decode):
             raise UnsupportedError(impl, "has no paged decoding step here", "leave the case out")
         torch = self.torch
-        torch._dynamo.reset()  # every cell compiles for itself
+        if self.case != case or any(way != direction for _, way in self.ready):
+            self.ready = {}
+            torch._dynamo.reset()
         data = self._load(case)
         row: dict[str, Any] = {"pairs": self.pairs}
         try:
@@ -96,13 +101,24 @@ class Engine:
             again = call()
             row["repeatable"] = all(bool((again[n] == x).all()) for n, x in first.items())
             del first, again, found
-            times = bench_timing.take(
-                call, self._wait, lambda count: bench_timing.torch_kernels(call, count)
-            )
-            return row | times.row()
+            self.ready[impl, direction] = call
+            return row
         finally:
-            gc.collect()
-            torch.cuda.empty_cache()
+            self._collect()
+
+    def time(self, impl: str, direction: str) -> dict[str, Any]:
+        """A round of timing a cell that is ready; the rest of its row."""
+        call = self.ready[impl, direction]
+        try:
+            return bench_timing.take(
+                call, self._wait, lambda count: bench_timing.torch_kernels(call, count)
+            ).row()
+        finally:
+            self._collect()
+
+    def _collect(self) -> None:
+        gc.collect()
+        self.torch.cuda.empty_cache()
 
     def _first(self, call: Callable[[], dict], impl: str) -> dict[str, Any]:
         """The first call, compilation included; cuDNN's reasons for no come as warnings."""

@@ -205,10 +205,10 @@ def test_persistent_blocks_change_nothing(case, shape):
             pytest.skip(reason=f"refused: {refusal.rule}")
         return [[np.asarray(x) for x in jax.tree.leaves(step(*args))] for _ in range(times)]
 
-    forced = {"persistent": 1, "persistent_dq": 1}
-    forced |= {"ahead": 0} if max(H, V) > 128 else {}  # two tiles of queries do not fit
-    forced |= {"persistent_dkv": 1} if shape != "256" else {}  # its kernel has none
-    usual = runs({name: 0 for name in forced}, 1)[0]
-    for found in runs(forced, 5):
+    room = 2 if max(H, V) <= 128 else 1
+    names = ["persistent", "persistent_dq", *(["persistent_dkv"] if shape != "256" else [])]
+    rings = {"block_k_dq": 64, "stages_dq": 2, "stages_dkv": 2} if room > 1 else {}
+    usual = runs({name: 0 for name in names} | rings, 1)[0]
+    for found in runs({name: room for name in names} | rings, 5):
         for a, b in zip(found, usual, strict=True):
             assert (a == b).all()

@@ -207,21 +207,23 @@ def compare(name, case):
         assert error < most, f"{name} {where}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("name, blocks, ahead", [
-    ("causal 128", 3, True), ("window, sinks, empty rows", 2, True), ("packed", 3, True),
-    ("packed", 3, False), ("values by query and key, absent tiles", 3, True), ("blocks", 3, True),
-    ("256", 1, False),
+@pytest.mark.parametrize("name, blocks, room", [
+    ("causal 128", 3, 2), ("window, sinks, empty rows", 2, 2), ("packed", 3, 2), ("packed", 3, 1),
+    ("values by query and key, absent tiles", 3, 2), ("blocks", 3, 2), ("256", 1, 1),
 ])
-def test_persistent_blocks_change_nothing(name, blocks, ahead, monkeypatch):
+def test_persistent_blocks_change_nothing(name, blocks, room, monkeypatch):
     """Fewer blocks that take the rows in turn give the bits of a block a row, without races.
 
-    ahead: the forward kernel loads queries beside the row before; two of 256 do not fit.
+    room: of a block, for what so many rows own; two of 256 do not fit.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     interpret = plgpu.InterpretGPUParams(detect_races=True)
     forward = functools.partial(gpu.forward, interpret=interpret)
-    expected = run(forward, CASES[name], exact=False)
+    # At 128 what two rows own fits beside rings of two tiles of 64.
+    rings = {"block_k_dq": 64, "stages_dq": 2, "stages_dkv": 2} if room > 1 else {}
+    with tuning.forcing(rings):
+        expected = run(forward, CASES[name], exact=False)
     monkeypatch.setattr(gpu_work, "cores", lambda kind: blocks)
     usual, fewer = gpu_work.blocks, []
 
@@ -231,9 +233,9 @@ def test_persistent_blocks_change_nothing(name, blocks, ahead, monkeypatch):
         return found
 
     monkeypatch.setattr(gpu_work, "blocks", counted)
-    forced = {"persistent": 1, "ahead": int(ahead), "persistent_dq": 1}
-    forced |= {"persistent_dkv": 1} if name != "256" else {}  # the wide kernel has none
-    with tuning.forcing(forced):
+    forced = {"persistent": room, "persistent_dq": room}
+    forced |= {"persistent_dkv": room} if name != "256" else {}  # the wide kernel has none
+    with tuning.forcing(rings | forced):
         found = run(forward, CASES[name], exact=False)
     assert fewer[0] and sum(fewer) == (2 if name == "256" else 3), "forward, dq and dk, dv"
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -57,35 +57,38 @@ def sizes(H, V, mask=None, layout="full", score=None, dense=False, prefix=False,
     return gpu_sizes.Sizes.of(q, v, mask, layout, body, dense, prefix)
 
 
-# What kernels had before their sizes were chosen here; dq and dk, dv of the last column.
 QUIET, SMALL = Narrow(64, 128, 3, turns=False), Narrow(128, 64, 3, turns=False)
-SHORT = Wide(128, 64, 2, 1, turns=False)
+TURNS = Narrow(64, 128, 3)
+TWO = Narrow(128, 64, 2, turns=False, persistent=2), Narrow(64, 128, 2, turns=False, persistent=2)
+WINDOW, PACKED = Causal() & Window(9), dict(mask=Causal() & Segments(), layout="packed")
 HEURISTIC = [
-    (64, 64, {}, Forward(128, 128, 4), SMALL, QUIET),
+    (64, 64, {}, Forward(128, 128, 4), Narrow(128, 128, 2, turns=False), Narrow(128, 128, 2)),
     (64, 64, dict(dense=True), Forward(128, 128, 4), SMALL, QUIET),
-    (40, 64, dict(mask=Causal() & Window(9)), Forward(128, 128, 4), SMALL, QUIET),
-    (128, 128, {}, Forward(128, 128, 2), Narrow(128, 128, 2, turns=False), Narrow(64, 128, 3)),
-    (96, 72, dict(mask=Full()), Forward(128, 128, 2), Narrow(128, 128, 2, turns=False),
-     Narrow(64, 128, 3)),
-    (128, 128, dict(mask=Causal() & Window(9)), Forward(128, 128, 2), SHORT, Narrow(64, 128, 3)),
-    (128, 128, dict(mask=Causal() & Segments(), layout="packed"), Forward(128, 128, 2), SHORT,
-     Narrow(64, 128, 3)),
-    (128, 64, dict(layout="any"), Forward(128, 128, 2), SHORT, Narrow(64, 128, 3)),
-    (128, 128, dict(score=lambda s, head, q, k: jnp.tanh(s)), Forward(128, 128, 2), SMALL, QUIET),
-    (128, 128, dict(score=slope), Forward(128, 128, 2), SMALL, Narrow(64, 128, 3, turns=True)),
+    (64, 64, dict(score=slope, mask=WINDOW), Forward(128, 128, 4), SMALL, QUIET),
+    (40, 64, dict(mask=WINDOW), Forward(128, 128, 4, persistent=2), *TWO),
+    (128, 128, {}, Forward(128, 128, 2), SMALL, TURNS),
+    (96, 72, dict(mask=Full()), Forward(128, 128, 2), SMALL, TURNS),
+    (128, 128, dict(mask=WINDOW), Forward(128, 128, 2, persistent=2), *TWO),
+    (128, 128, PACKED, Forward(128, 128, 2, persistent=2), *TWO),
+    (128, 64, dict(layout="any"), Forward(128, 128, 2, persistent=2), *TWO),
+    (128, 128, dict(score=lambda s, head, q, k: jnp.tanh(s)), Forward(128, 128, 2),
+     Narrow(128, 128, 2, turns=False), QUIET),
+    (128, 128, dict(score=slope, mask=WINDOW), Forward(128, 128, 2), SMALL, TURNS),
     (128, 128, dict(score=lambda s, head, q, k: s * SLOPES[head], layout="any"),
-     Forward(128, 128, 2), SMALL, Narrow(64, 128, 3, turns=True)),
-    (128, 128, dict(score=bias, dense=True), Forward(128, 64, 4), SMALL, Narrow(64, 128, 3)),
-    (128, 128, dict(dense=True), Forward(128, 64, 4), SMALL, Narrow(64, 128, 3)),
-    (192, 128, {}, Forward(128, 128, 2), Narrow(128, 64, 2, turns=False),
-     Narrow(64, 128, 2, turns=False)),
+     Forward(128, 128, 2), SMALL, TURNS),
+    (128, 128, dict(score=bias, dense=True), Forward(128, 64, 4), SMALL, TURNS),
+    (128, 128, dict(dense=True), Forward(128, 64, 4), SMALL, TURNS),
+    (192, 128, {}, Forward(128, 128, 2), Narrow(128, 64, 2, turns=False), Wide(64, 128, 2)),
     (192, 128, dict(dense=True), Forward(128, 64, 4), Narrow(128, 64, 2, turns=False),
-     Narrow(64, 128, 2, turns=False)),
+     Wide(64, 128, 2)),
+    (192, 128, PACKED, Forward(128, 128, 2), Narrow(128, 64, 2, turns=False), Wide(64, 128, 2)),
     (192, 192, {}, Forward(128, 64, 2), Wide(128, 64, 2, 2), Wide(64, 128, 3)),
     (256, 128, dict(layout="any"), Forward(128, 64, 2), Wide(128, 64, 2, 2, turns=False),
      Wide(64, 128, 2)),
-    (256, 256, dict(dense=True), Forward(128, 64, 2), SHORT, Wide(64, 128, 2)),
-    (128, 200, dict(score=slope), Forward(128, 64, 2), SHORT, Wide(64, 128, 2)),
+    (256, 256, dict(dense=True), Forward(128, 64, 2), Wide(128, 64, 2, 1, turns=False),
+     Wide(64, 128, 2)),
+    (128, 200, dict(score=slope), Forward(128, 64, 2), Wide(128, 64, 2, 1, turns=False),
+     Wide(64, 128, 2)),
 ]
 
 
@@ -117,7 +120,7 @@ COMPILED = [
     ("forward", 192, 128, {"block_k": (64,), "stages": (4, 5)}),
     ("forward", 256, 128, {"stages": (3, 4)}),
     ("forward", 256, 256, {"stages": (2, 3)}),
-    ("backward", 128, 128, {"stages_dq": (2, 3)}),
+    ("backward", 128, 128, {"block_k_dq": (128,), "stages_dq": (2, 3)}),
     ("backward", 128, 128, {"block_k_dq": (64,), "stages_dq": (5, 6)}),
     ("backward", 192, 128, {"stages_dq": (3, 4)}),
     ("backward", 192, 192, {"stages_dq": (3,), "wide_dq": (2, 3)}),
@@ -155,19 +158,20 @@ def test_shared_memory_is_what_the_compiler_reports(end, sizes, H, V, reported):
 
 
 @pytest.mark.parametrize("key, blocks, message", [
-    (KEY, {"block_x": 1}, "block size 'block_x': gpu has no such block. Fix: use ahead, "),
+    (KEY, {"block_x": 1}, "block size 'block_x': gpu has no such block. Fix: use block_k, "),
     (KEY, {"block_q": 64}, "block_q = 64 is not the 128 rows of two warpgroups"),
     (KEY, {"block_k": 96}, "block_k = 96 is not 64 or 128"),
     (KEY, {"stages": 1}, "stages = 1 leaves no tile in flight"),
     (KEY, {"stages": 3}, "forward: the tiles of H = 128, V = 128 take 227 KB of shared memory"),
     (BACK, {"block_k_dkv": 64}, "block_k_dkv = 64 is not the 128 rows"),
-    (BACK, {"turns_dq": 2}, "turns_dq = 2 is not 0 or 1"),
-    (BACK, {"wide_dkv": 2, "turns_dkv": 0}, "wide_dkv = 2 is not 0 or 1"),
-    (BACK, {"wide_dq": -1}, "wide_dq = -1 is below 0"),
+    (BACK, {"turns_dq": 2}, "turns_dq = 2 is not from 0 to 1"),
+    (BACK, {"wide_dkv": 2, "turns_dkv": 0}, "wide_dkv = 2 is not from 0 to 1"),
+    (BACK, {"wide_dq": -1}, "wide_dq = -1 is not from 0 to inf"),
     (BACK, {"wide_dkv": 1}, "turns_dkv = 1: the kernel of wide heads has none"),
     (BACK, {"wide_dkv": 1, "turns_dkv": 0, "persistent_dkv": 1}, "persistent_dkv = 1: the kernel"),
-    (key("forward", 256, 256), {"persistent": 1}, "take 260 KB of shared memory"),
-    (BACK, {"stages_dq": 3}, "dq: the tiles of H = 128, V = 128 take 258 KB"),
+    (key("forward", 256, 256), {"persistent": 2}, "take 260 KB of shared memory"),
+    (BACK, {"block_k_dq": 128}, "dq: the tiles of H = 128, V = 128 take 258 KB"),
+    (BACK, {"stages_dq": 4, "persistent_dq": 2}, "dq: the tiles of H = 128, V = 128 take 259 KB"),
     (BACK, {"block_q_dkv": 128, "stages_dkv": 2},
      "block_q_dkv = 128 with H = 128, V = 128: .* take 256 registers of a thread, there are 224"),
     (key("backward", 192, 128), {"block_k_dq": 128, "wide_dq": 1}, "block_k_dq = 128 with H = 192"),
@@ -179,7 +183,7 @@ def test_wrong_sizes(key, blocks, message):
 
 
 @pytest.mark.parametrize("H, V, forward, backward", [
-    (64, 64, 8, 12), (128, 128, 6, 10), (192, 128, 5, 10), (192, 192, 4, 7), (256, 128, 3, 8),
+    (64, 64, 8, 16), (128, 128, 6, 12), (192, 128, 5, 10), (192, 192, 4, 7), (256, 128, 3, 8),
     (256, 256, 2, 3),
 ])
 def test_candidates(H, V, forward, backward):
@@ -195,7 +199,7 @@ def test_candidates(H, V, forward, backward):
 
 WINNER = {
     "forward": {
-        "block_q": 128, "block_k": 64, "stages": 4, "persistent": 1, "ahead": 0, "section": 2,
+        "block_q": 128, "block_k": 64, "stages": 4, "persistent": 1, "section": 2,
     },
     "backward": {
         "block_q_dq": 128, "block_k_dq": 64, "stages_dq": 3, "turns_dq": 1, "wide_dq": 2,
@@ -204,8 +208,8 @@ WINNER = {
     },
 }
 TUNED = (
-    Forward(128, 64, 4, persistent=True, ahead=False, section=2),
-    Wide(128, 64, 3, 2, turns=True, persistent=True), Wide(128, 128, 2, section=4),
+    Forward(128, 64, 4, persistent=1, section=2),
+    Wide(128, 64, 3, 2, turns=True, persistent=1), Wide(128, 128, 2, section=4),
 )
 
 
@@ -250,7 +254,7 @@ def test_rows_of_other_sizes_are_not_used(rows):
     short = {n: x for n, x in WINNER["backward"].items() if n != "turns_dq"}
     rows(row("forward", blocks=WINNER["forward"] | {"new": 1}), row("backward", blocks=short))
     found = chosen(sizes(128, 128))
-    assert found == (Forward(128, 128, 2), Narrow(128, 128, 2, turns=False), Narrow(64, 128, 3))
+    assert found == (Forward(128, 128, 2), SMALL, TURNS)
 
 
 def test_chosen_once(rows):
@@ -304,9 +308,10 @@ def test_forced_sizes_reach_the_kernels(launched, score):
     launched.clear()
     with tuning.forcing({"turns_dq": 1}):  # of a narrow kernel; what is not named stays
         trace(64, 64, score_mod=score)
+    dq, dkv = sizes(64, 64, score=score).backward
     assert launched == [
         ("gpu_forward.forward", Forward(128, 128, 4)),
-        ("gpu_backward.grad_q", Narrow(128, 64, 3, turns=True)), ("gpu_backward.grad_kv", QUIET),
+        ("gpu_backward.grad_q", dataclasses.replace(dq, turns=True)), ("gpu_backward.grad_kv", dkv),
     ]
     with tuning.forcing({"stages": 7}), pytest.raises(ConfigError, match="KB of shared memory"):
         trace(score_mod=score)
@@ -388,8 +393,8 @@ def test_tiles_say_what_the_heuristic_takes():
     def tiles(H, V, **call):
         return gpu.tiles(*arrays(H, V), **{"layout": "full", **call})
 
-    assert tiles(64, 64) == [(128, 128), (128, 64), (64, 128)]
-    assert tiles(128, 128) == [(128, 128), (64, 128)]
+    assert tiles(64, 64) == [(128, 128)]
+    assert tiles(128, 128) == [(128, 128), (128, 64), (64, 128)]
     assert tiles(128, 128, layout="packed") == [(128, 128), (128, 64), (64, 128)]
     table = MaskMod.of(lambda head, q, k: TABLE[q, k])
     assert tiles(128, 128, mask=table) == [(128, 64), (64, 128)]

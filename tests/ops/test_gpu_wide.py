@@ -228,8 +228,9 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("H", [64, 128])
 def test_functions_compile(name, H):
+    """More rows of tiles than multiprocessors, as above."""
     case = {"learned": True, "mask": Causal(), "cap": None} | FUNCTIONS[name]
-    T, N = 1000, 4
+    T, N = 1000, 20
     places = jnp.arange(T, dtype=jnp.int32)
 
     def gradients(q, k, v, segments, positions, *extra):

@@ -52,7 +52,7 @@ class Config:
     stages: int
     registers: int = 232
     turns: bool = True
-    persistent: bool = False
+    persistent: int = 0
     section: int = 0
 
 
@@ -111,10 +111,10 @@ def add_row_sums(tile: Tile, sums, rest) -> list[Any]:
 def pull_scores(tile: Tile, s, wanted: tuple[int, ...]):
     """Modified scores of raw logits ``s``, the function from ``dz`` to the cotangents of
     ``scale * s`` and of each wanted handed value, as tiles, and what the scores leave out a query
-    (see ``Tile.modified``)."""
-    s = s * tile.plan.scale
+    (see ``Tile.modified``). Scores and what they leave out are in units of log 2."""
     if tile.plan.score is None:
-        return s, lambda dz: (dz,), None
+        return s * (tile.plan.scale * LOG2E), lambda dz: (dz,), None
+    s = s * tile.plan.scale
     known, near, handed = tile.read()
 
     def modified(s, *tiles):
@@ -125,7 +125,8 @@ def pull_scores(tile: Tile, s, wanted: tuple[int, ...]):
 
     tiles = [tile.lift(*handed[i], "tile") for i in wanted]
     z, pull, row = jax.vjp(modified, s, *tiles, has_aux=True)
-    return z, lambda dz: with_plain_sums(pull, dz), row
+    row = None if row is None else row * LOG2E
+    return z * LOG2E, lambda dz: with_plain_sums(pull, dz), row
 
 
 def row_cotangents(tile: Tile, s, dp, lse, delta, sums, masked: bool, dtype, tables=()):
@@ -138,8 +139,7 @@ def row_cotangents(tile: Tile, s, dp, lse, delta, sums, masked: bool, dtype, tab
 
     def local(tile, s, dp, *sums):
         z, pull, row = pull_scores(tile, s, (*wanted, *pairs))
-        base = lse if row is None else lse - row * LOG2E
-        z = z * LOG2E - lax.broadcast_in_dim(base, shape, (0,))
+        z = z - lax.broadcast_in_dim(lse if row is None else lse - row, shape, (0,))
         if masked:
             z = jnp.where(tile.seen(), z, -jnp.inf)
         p = jnp.exp2(z)
@@ -212,6 +212,7 @@ def grad_q(
     totals = row_vectors(plan)
     items = order.over_queries(q, k, v, lists, config.section)
     blocks = gpu_work.blocks(items.count, config.persistent)
+    buffers = gpu_work.buffers(items, blocks, config.persistent)
     inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     tables = gradient_tables(plan, B, N)
@@ -227,22 +228,23 @@ def grad_q(
 
         def scoped(q_smem, do_smem, k_smem, v_smem, staging, q_bar, kv_bar, free, turn, *box):
             wg = lax.axis_index("wg")
-            queue = gpu_work.Queue(items, blocks, *box, interpret)
+            queue = gpu_work.Queue(items, blocks, buffers, *box, interpret)
 
-            def load_queries(item):
+            def load_queries(item, buffer):
                 b, n, r = queue.place(item)
+                here = buffer * COMPUTE + wg
                 at = (b, pl.ds(listed.index(b, n, r) * config.block_q + wg * WIDTH, WIDTH), n)
-                plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[wg], q_bar.at[wg])
-                plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[wg], q_bar.at[wg])
+                plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[here], q_bar.at[here])
+                plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[here], q_bar.at[here])
 
             def swap_turns():
                 if config.turns:
                     plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(turn)
 
-            def grad(_, item, pull, it):
+            def grad(buffer, item, pull, it):
                 b, n, r = queue.place(item)
-                row = listed.row(b, n, r)
+                row, here = listed.row(b, n, r), buffer * COMPUTE + wg
                 q0, end = row.index * config.block_q + wg * WIDTH, it + row.tiles
                 at = (b, pl.ds(q0, WIDTH), n)
                 vector = (b, n, pl.ds(q0, WIDTH))
@@ -250,14 +252,14 @@ def grad_q(
                     plgpu.load(x.at[vector], layout=ROW, optimized=False)
                     for x in (lse_ref, delta_ref)
                 )
-                plgpu.barrier_wait(q_bar.at[wg])
+                plgpu.barrier_wait(q_bar.at[here])
                 held = Tile(plan, operand_refs, b, n, q0, 0, (WIDTH, block_k)).hold()
                 pl.when(row.tiles > 0)(lambda: plgpu.barrier_wait(kv_bar.at[lax.rem(it, stages)]))
                 pl.when(wg == 1)(swap_turns)
 
                 def step(j, carry, masked):
                     dq, sums, it = carry
-                    slot, mine = lax.rem(it, stages), wg + varying_zero(j)
+                    slot, mine = lax.rem(it, stages), here + varying_zero(j)
                     shape = (WIDTH, block_k)
                     tile = dataclasses.replace(held, k0=j * block_k)
 
@@ -287,14 +289,15 @@ def grad_q(
                     tuple(_zeros((WIDTH,), ROW) for _ in range(totals)), it,
                 )
                 carry = row.full.visit(lambda j, c: step(j, c, False), carry)
+                after = queue.early(pull, load_queries, buffer)
                 dq, sums, it = row.partial.visit(lambda j, c: step(j, c, True), carry)
                 pl.when(wg == 0)(swap_turns)
-                q_smem[wg] = (dq * plan.scale).astype(dtype)
+                q_smem[here] = (dq * plan.scale).astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(q_smem.at[wg], results[0].at[at])
+                plgpu.copy_smem_to_gmem(q_smem.at[here], results[0].at[at])
                 for out, x in zip(results[1 : 1 + len(sums)], sums, strict=True):
                     out[vector] = x
-                return queue.load_next(pull, load_queries), it
+                return queue.late(after, pull, load_queries), it
 
             def copy_keys(item, it):
                 b, n, r = queue.place(item)
@@ -318,10 +321,10 @@ def grad_q(
 
         pl.run_scoped(
             scoped,
-            tiled(dtype, COMPUTE, WIDTH, H), tiled(dtype, COMPUTE, WIDTH, V),
+            tiled(dtype, buffers * COMPUTE, WIDTH, H), tiled(dtype, buffers * COMPUTE, WIDTH, V),
             tiled(dtype, stages, block_k, H), tiled(dtype, stages, block_k, V),
             None if interpret is None else tiled(dtype, COMPUTE, WIDTH, block_k),
-            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
+            plgpu.Barrier(num_arrivals=2, num_barriers=buffers * COMPUTE),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE),
@@ -346,6 +349,7 @@ def grad_kv(
     wanted = asked(plan, ("columns",))
     items = order.over_keys(q, k, v, lists, config.section)
     blocks = gpu_work.blocks(items.count, config.persistent)
+    buffers = gpu_work.buffers(items, blocks, config.persistent)
     inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_k), jnp.float32)
     outs = [
@@ -363,35 +367,37 @@ def grad_kv(
         def scoped(k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, staging, kv_bar, q_bar,
                    free, turn, *box):
             wg = lax.axis_index("wg")
-            queue = gpu_work.Queue(items, blocks, *box, interpret)
+            queue = gpu_work.Queue(items, blocks, buffers, *box, interpret)
 
-            def load_keys(item):
+            def load_keys(item, buffer):
                 b, kv, r = queue.place(item)
+                here = buffer * COMPUTE + wg
                 k0 = listed.index(b, kv * G, r) * config.block_k + wg * WIDTH
                 at = (b, pl.ds(k0, WIDTH), kv)
-                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[wg], kv_bar.at[wg])
-                plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[wg], kv_bar.at[wg])
+                plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[here], kv_bar.at[here])
+                plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[here], kv_bar.at[here])
 
             def swap_turns():
                 if config.turns:
                     plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(turn)
 
-            def grad(_, item, pull, it):
+            def grad(buffer, item, pull, it):
                 b, kv, r = queue.place(item)
+                own = buffer * COMPUTE + wg
                 k0 = listed.index(b, kv * G, r) * config.block_k + wg * WIDTH
                 at = (b, pl.ds(k0, WIDTH), kv)
                 end = it + lax.fori_loop(
                     0, G, lambda g, total: total + listed.tiles(b, kv * G + g, r), jnp.int32(0)
                 )
-                plgpu.barrier_wait(kv_bar.at[wg])
+                plgpu.barrier_wait(kv_bar.at[own])
                 pl.when(end > it)(lambda: plgpu.barrier_wait(q_bar.at[lax.rem(it, stages)]))
                 pl.when(wg == 1)(swap_turns)
                 shape = (WIDTH, block_q)
 
                 def step(i, carry, masked, here):
                     dk, dv, sums, it = carry
-                    slot, mine = lax.rem(it, stages), wg + varying_zero(i)
+                    slot, mine = lax.rem(it, stages), own + varying_zero(i)
 
                     def scope(s_ref, dp_ref):
                         plgpu.wgmma(s_ref, k_smem.at[mine], q_smem.at[slot].transpose((1, 0)))
@@ -409,8 +415,8 @@ def grad_kv(
 
                     def local(tile, s, dp, *sums):
                         z, pull, row = pull_scores(tile, s, wanted)
-                        base = lse if row is None else lse - row * LOG2E
-                        z = z * LOG2E - lax.broadcast_in_dim(base, shape, (1,))
+                        base = lse if row is None else lse - row
+                        z = z - lax.broadcast_in_dim(base, shape, (1,))
                         if masked:
                             z = jnp.where(tile.seen(), z, -jnp.inf)
                         p = jnp.exp2(z)
@@ -430,28 +436,34 @@ def grad_kv(
                     pl.when(it + 1 < end)(lambda: plgpu.barrier_wait(q_bar.at[after]))
                     return dk, dv, sums, it + 1
 
+                def load_early():
+                    return queue.early(pull, load_keys, buffer)
+
                 def head(g, carry):
                     n = kv * G + g
-                    dk, dv, it = carry
+                    dk, dv, it, *later = carry
                     carry = (dk, dv, tuple(_zeros((WIDTH,), ROW) for _ in wanted), it)
                     here = Tile(plan, operand_refs, b, n, 0, k0, shape, q_axis=1).hold()
                     row = listed.row(b, n, r)
                     carry = row.full.visit(lambda i, c: step(i, c, False, here), carry)
+                    if later:
+                        later = [lax.cond(g == 0, load_early, lambda: later[0])]
                     carry = row.partial.visit(lambda i, c: step(i, c, True, here), carry)
                     dk, dv, sums, it = carry
                     for out, x in zip(results[2:], sums, strict=True):
                         out[b, n, pl.ds(k0, WIDTH)] = x
-                    return dk, dv, it
+                    return dk, dv, it, *later
 
-                carry = _zeros((WIDTH, H), LAYOUT), _zeros((WIDTH, V), LAYOUT), it
-                dk, dv, it = lax.fori_loop(0, G, head, carry)
+                later = [jnp.int32(0)] * (buffers - 1)  # the next item, once it is known
+                carry = _zeros((WIDTH, H), LAYOUT), _zeros((WIDTH, V), LAYOUT), it, *later
+                dk, dv, it, *later = lax.fori_loop(0, G, head, carry)
                 pl.when(wg == 0)(swap_turns)
-                k_smem[wg] = (dk * plan.scale).astype(dtype)
-                v_smem[wg] = dv.astype(dtype)
+                k_smem[own] = (dk * plan.scale).astype(dtype)
+                v_smem[own] = dv.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(k_smem.at[wg], results[0].at[at])
-                plgpu.copy_smem_to_gmem(v_smem.at[wg], results[1].at[at])
-                return queue.load_next(pull, load_keys), it
+                plgpu.copy_smem_to_gmem(k_smem.at[own], results[0].at[at])
+                plgpu.copy_smem_to_gmem(v_smem.at[own], results[1].at[at])
+                return queue.late(later[0] if later else None, pull, load_keys), it
 
             def copy_queries(item, it):
                 b, kv, r = queue.place(item)
@@ -481,11 +493,11 @@ def grad_kv(
 
         pl.run_scoped(
             scoped,
-            tiled(dtype, COMPUTE, WIDTH, H), tiled(dtype, COMPUTE, WIDTH, V),
+            tiled(dtype, buffers * COMPUTE, WIDTH, H), tiled(dtype, buffers * COMPUTE, WIDTH, V),
             tiled(dtype, stages, block_q, H), tiled(dtype, stages, block_q, V),
             plgpu.SMEM((stages, block_q), jnp.float32), plgpu.SMEM((stages, block_q), jnp.float32),
             None if interpret is None else tiled(dtype, COMPUTE, WIDTH, block_q),
-            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
+            plgpu.Barrier(num_arrivals=2, num_barriers=buffers * COMPUTE),
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE),

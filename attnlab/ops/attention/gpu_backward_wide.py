@@ -74,7 +74,7 @@ class Config:
     cluster: bool = True
     turns: bool = True
     registers: int = 232
-    persistent: bool = False
+    persistent: int = 0
     section: int = 0
 
 
@@ -91,6 +91,7 @@ def grad_q(
     totals = row_vectors(plan)
     items = order.over_queries(q, k, v, lists, config.section)
     blocks = gpu_work.blocks(items.count, config.persistent)
+    buffers = gpu_work.buffers(items, blocks, config.persistent)
     inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
     sums = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     tables = gradient_tables(plan, B, N)
@@ -107,22 +108,24 @@ def grad_q(
         def scoped(q_smem, do_smem, k_smem, v_smem, staging, q_bar, k_bar, v_bar, k_free, v_free,
                    turn, *box):
             wg = lax.axis_index("wg")
-            queue = gpu_work.Queue(items, blocks, *box, interpret)
+            queue = gpu_work.Queue(items, blocks, buffers, *box, interpret)
 
             def swap_turns():
                 if config.turns:
                     plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(turn)
 
-            def load_queries(me: int, item):
+            def load_queries(me: int, item, buffer):
                 b, n, r = queue.place(item)
+                own = buffer * COMPUTE + me
                 at = (b, pl.ds(listed.index(b, n, r) * config.block_q + me * WIDTH, WIDTH), n)
-                plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[me], q_bar.at[me])
-                plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[me], q_bar.at[me])
+                plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem.at[own], q_bar.at[own])
+                plgpu.copy_gmem_to_smem(do_ref.at[at], do_smem.at[own], q_bar.at[own])
 
-            def grad(me: int, _, item, pull, it):
+            def grad(me: int, buffer, item, pull, it):
                 b, n, r = queue.place(item)
-                row = listed.row(b, n, r)
+                row, own = listed.row(b, n, r), buffer * COMPUTE + me
+                load = functools.partial(load_queries, me)
                 q0 = row.index * config.block_q + me * WIDTH
                 at = (b, pl.ds(q0, WIDTH), n)
                 vector = (b, n, pl.ds(q0, WIDTH))
@@ -131,7 +134,7 @@ def grad_q(
                     for x in (lse_ref, delta_ref)
                 )
                 here = Tile(plan, operand_refs, b, n, q0, 0, (WIDTH, block_k)).hold()
-                plgpu.barrier_wait(q_bar.at[me])
+                plgpu.barrier_wait(q_bar.at[own])
                 if me == 1:
                     swap_turns()
 
@@ -139,7 +142,7 @@ def grad_q(
                     dq, sums, it = carry
                     zero = varying_zero(j)
                     slot, slot_v = lax.rem(it, stages), lax.rem(it, stages_v) + zero
-                    shape, mine = (WIDTH, block_k), me + zero
+                    shape, mine = (WIDTH, block_k), own + zero
 
                     def scope(s_ref, dp_ref):
                         def values():
@@ -181,15 +184,16 @@ def grad_q(
                     tuple(_zeros((WIDTH,), ROW) for _ in range(totals)), it,
                 )
                 carry = row.full.visit(lambda j, c: step(j, c, False), carry)
+                after = queue.early(pull, load, buffer)
                 dq, sums, it = row.partial.visit(lambda j, c: step(j, c, True), carry)
                 if me == 0:
                     swap_turns()
-                q_smem[me] = (dq * plan.scale).astype(dtype)
+                q_smem[own] = (dq * plan.scale).astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(q_smem.at[me], results[0].at[at])
+                plgpu.copy_smem_to_gmem(q_smem.at[own], results[0].at[at])
                 for out, x in zip(results[1 : 1 + totals], sums, strict=True):
                     out[vector] = x
-                return queue.load_next(pull, functools.partial(load_queries, me)), it
+                return queue.late(after, pull, load), it
 
             def copy_keys(item, it):
                 b, n, r = queue.place(item)
@@ -220,10 +224,10 @@ def grad_q(
 
         pl.run_scoped(
             scoped,
-            tiled(dtype, COMPUTE, WIDTH, H), tiled(dtype, COMPUTE, WIDTH, V),
+            tiled(dtype, buffers * COMPUTE, WIDTH, H), tiled(dtype, buffers * COMPUTE, WIDTH, V),
             tiled(dtype, stages, block_k, H), tiled(dtype, stages_v, block_k, V),
             None if interpret is None else tiled(dtype, COMPUTE, WIDTH, block_k),
-            plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
+            plgpu.Barrier(num_arrivals=2, num_barriers=buffers * COMPUTE),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_barriers=stages_v),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),

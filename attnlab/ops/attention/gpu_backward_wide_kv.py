@@ -27,7 +27,7 @@ from attnlab.ops.attention.gpu_backward import (
 from attnlab.ops.attention.gpu_backward_wide import Config, launch
 from attnlab.ops.attention.gpu_forward import COMPUTE, ROW, tiled
 from attnlab.ops.attention.gpu_plan import Plan
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Tile, varying_zero
+from attnlab.ops.attention.gpu_tiles import LAYOUT, WIDTH, Tile, varying_zero
 
 HALVES = 2
 
@@ -95,9 +95,9 @@ def grad_kv(
 
                 def local(tile, s):
                     z, pull, row = pull_scores(tile, s, wanted)
-                    z = z * LOG2E - lse
+                    z = z - lse
                     if row is not None:
-                        z += lax.broadcast_in_dim(row * LOG2E, shape, (1,))
+                        z += lax.broadcast_in_dim(row, shape, (1,))
                     if masked:
                         z = jnp.where(tile.seen(), z, -jnp.inf)
                     p = jnp.exp2(z)

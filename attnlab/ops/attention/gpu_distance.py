@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.core.staging import Body, index_runs
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH
+from attnlab.ops.attention.gpu_tiles import LAYOUT, WIDTH
 
 MOST_NUMBERS = 8
 MOST_BYTES = 2**29
@@ -214,7 +214,7 @@ def grad_tiles(
                 s, dp = pl.run_scoped(scope, acc, acc)
                 tile = Tile(plan, operand_refs, b, n, q0, k0, (WIDTH, C), stored=slot)
                 z, pull, _ = pull_scores(tile, s, wanted)
-                z = z * LOG2E - lax.broadcast_in_dim(lse_row, s.shape, (0,))
+                z = z - lax.broadcast_in_dim(lse_row, s.shape, (0,))
                 z = jnp.where(tile.seen(), z, -jnp.inf)
                 dz = jnp.exp2(z) * (dp - lax.broadcast_in_dim(delta_row, s.shape, (0,)))
                 return tuple(a + x for a, x in zip(sums, pull(dz)[1:], strict=True))

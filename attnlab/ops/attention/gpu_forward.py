@@ -49,16 +49,15 @@ class Config:
 
     Args:
         block_q, block_k: tokens of a tile. stages: tiles of keys and values in flight.
-        persistent: blocks take one row of tiles after the other, see ``gpu_work``. ahead: they
-            load the queries of the next row beside this one's. section: see ``order``.
+        persistent: 1: blocks take one row of tiles after the other; 2: and load the queries of the
+            next beside this one's, see ``gpu_work``. section: see ``order``.
     """
 
     block_q: int
     block_k: int
     stages: int
     registers: int = 232
-    persistent: bool = False
-    ahead: bool = True
+    persistent: int = 0
     section: int = 0
 
 
@@ -103,7 +102,7 @@ def forward(
     names = [name for name, _ in plan.names]
     items = order.over_queries(q, k, v, lists, config.section)
     blocks = gpu_work.blocks(items.count, config.persistent)
-    buffers = 2 if config.ahead and blocks < items.count else 1
+    buffers = gpu_work.buffers(items, blocks, config.persistent)
     vector = jax.ShapeDtypeStruct((B, N, rows * config.block_q), jnp.float32)
     outs = [jax.ShapeDtypeStruct((B, T, N, V), dtype), vector]
     if state:
@@ -124,13 +123,13 @@ def forward(
                    turn, *box):
             q_smem, o_smem = (qo_smem, qo_smem) if H == V else qo_smem
             wg = lax.axis_index("wg")
-            queue = gpu_work.Queue(items, blocks, *box, interpret)
+            queue = gpu_work.Queue(items, blocks, buffers, *box, interpret)
 
             def swap_turns():
                 plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(turn)
 
-            def load_queries(item, buffer=0):
+            def load_queries(item, buffer):
                 b, n, r = queue.place(item)
                 q0 = listed.index(b, n, r) * config.block_q + wg * WIDTH
                 here = buffer * COMPUTE + wg
@@ -139,10 +138,9 @@ def forward(
                     q_bar.at[here],
                 )
 
-            def attend(count, item, pull, it):
+            def attend(buffer, item, pull, it):
                 b, n, r = queue.place(item)
                 row = listed.row(b, n, r)
-                buffer = lax.rem(count, buffers)
                 here = buffer * COMPUTE + wg
                 q0, end = row.index * config.block_q + wg * WIDTH, it + row.tiles
 
@@ -222,9 +220,7 @@ def forward(
                     return acc, m, l, it + 1
 
                 carry = row.full.visit(lambda j, c: step(j, c, False), (acc, m, l, it))
-                after = None
-                if buffers > 1:
-                    after = queue.load_next(pull, lambda item: load_queries(item, 1 - buffer))
+                after = queue.early(pull, load_queries, buffer)
                 acc, m, l, it = row.partial.visit(lambda j, c: step(j, c, True), carry)
                 pl.when(wg == 0)(swap_turns)
                 if state:
@@ -233,7 +229,7 @@ def forward(
                         ref[at] = x
                 else:
                     store(held, acc, m, l, o_smem.at[here, pl.ds(0, WIDTH)], matrix, line)
-                return (queue.load_next(pull, load_queries) if after is None else after), it
+                return queue.late(after, pull, load_queries), it
 
             def store(tile, acc, m, l, result, matrix, line):
                 m, l, factor = with_offset(tile, m, l)

@@ -2,13 +2,12 @@
 
 Names of the sizes: ``block_q``, ``block_k`` (tokens of a tile of the block lists) and ``stages``
 (tiles in flight) of the forward; the same with ``_dq`` and ``_dkv`` for the two backward kernels.
-Besides
+Besides (``persistent``: see ``gpu_work``)
 
 | name | 0 | otherwise |
 |---|---|---|
-| ``persistent``, also ``_dq``, ``_dkv`` | a block a row of tiles | 1: blocks take row after row |
+| ``persistent``, also ``_dq``, ``_dkv`` | a block a row | 1 or 2: rows that a block has room for |
 | ``section``, also ``_dq``, ``_dkv`` | as many heads as L2 holds | so many heads, see ``order`` |
-| ``ahead`` | see ``gpu_forward.Config`` | 1: if persistent, the next queries are loaded early |
 | ``turns_dq``, ``turns_dkv`` | two warpgroups run as they come | 1: they take turns to multiply |
 | ``wide_dq`` | ``gpu_backward`` | ``gpu_backward_wide``, so many tiles of values in flight |
 | ``wide_dkv`` | ``gpu_backward`` | 1: ``gpu_backward_wide_kv`` |
@@ -28,14 +27,14 @@ from attnlab.core.mask import Mask
 from attnlab.core.staging import Body
 from attnlab.ops.attention import tuning
 
-# The fields of a kernel's Config that are chosen, by the ending of their names. What is no count is
-# a flag, 0 or 1, and 0 unless said otherwise: a new one is a word here.
+# The fields of a kernel's Config that are chosen, by the ending of their names, 0 unless said
+# otherwise: a new one is a word here.
 FIELDS = {
-    "": ("block_q", "block_k", "stages", "persistent", "ahead", "section"),
+    "": ("block_q", "block_k", "stages", "persistent", "section"),
     "_dq": ("block_q", "block_k", "stages", "turns", "wide", "persistent", "section"),
     "_dkv": ("block_q", "block_k", "stages", "turns", "wide", "persistent", "section"),
 }
-COUNTS = ("block_q", "block_k", "stages", "section")
+MOST = {"turns": 1, "wide_dkv": 1, "persistent": 2}
 NOT_WIDE = ("turns_dkv", "persistent_dkv")  # what the kernels of wide heads do not have
 ENDS = {"forward": ("",), "backward": ("_dq", "_dkv")}
 ROWS = 128  # of the side that a block owns: two warpgroups of 64
@@ -105,7 +104,7 @@ class Sizes:
     def _blocks(self, direction: tuning.Direction) -> tuning.Blocks:
         key, usual = dataclasses.replace(self.key, direction=direction), None
         if self.score is not None or self.dense:
-            # Measured rows are of plain calls, and a key does not tell these from them.
+            # Tuned rows are of plain calls, and a key does not tell these from them.
             usual = heuristic(key, self.score, self.dense)
         return tuning.choose(key, usual=usual).blocks
 
@@ -120,63 +119,70 @@ def whole_widths(H: int, V: int) -> tuple[int, int]:
 def _fields(end: str, blocks: tuning.Blocks) -> dict[str, Any]:
     """Fields of the Config of a kernel, and ``wide``."""
     fields: dict[str, Any] = {field: blocks[field + end] for field in FIELDS[end]}
-    return {n: bool(x) if _flag(n, end) else x for n, x in fields.items()}
-
-
-def _flag(field: str, end: str) -> bool:
-    return field not in COUNTS and field + end != "wide_dq"
+    return {n: bool(x) if n == "turns" else x for n, x in fields.items()}
 
 
 def _named(end: str, block_q: int, block_k: int, stages: int, **more: int) -> tuning.Blocks:
-    given = dict(block_q=block_q, block_k=block_k, stages=stages, ahead=1, **more)
+    given = dict(block_q=block_q, block_k=block_k, stages=stages, **more)
     return {field + end: given.get(field, 0) for field in FIELDS[end]}
 
 
 def heuristic(
     key: tuning.Key, score: Body | None = None, dense: bool = False
 ) -> tuning.Blocks:
-    """Sizes by measurement on an H200. score, dense: see ``Sizes``."""
+    """Sizes by measurement on an H200. score, dense: see ``Sizes``.
+
+    Rows of a causal or full mask are long: what a block waits for at its start is little, and
+    persistent blocks are slower for it (up to 4 %). With other masks they gain 6 to 10 %.
+    """
     H, V = whole_widths(key.H, key.V)
+    light, plain = key.mask in ("full", "causal"), score is None and not dense
     if key.direction == "forward":
-        return _forward(H, V, dense)
-    return _backward(H, V, key.mask in ("full", "causal"), score, dense)
+        return _forward(H, V, dense, 2 if plain and not light else 0)
+    return _backward(H, V, light, plain, score)
 
 
-def _forward(H: int, V: int, dense: bool) -> tuning.Blocks:
+def _forward(H: int, V: int, dense: bool, persistent: int) -> tuning.Blocks:
     if max(H, V) > 192 or V > 128:
         return _named("", ROWS, 64, 2)
     if dense and max(H, V) > 64:  # values by query and key are held beside the logits
         return _named("", ROWS, 64, 4)
-    return _named("", ROWS, 128, 4 if max(H, V) <= 64 else 2)
+    if max(H, V) > 128:  # what two rows own does not fit
+        return _named("", ROWS, 128, 2)
+    return _named("", ROWS, 128, 4 if max(H, V) <= 64 else 2, persistent=persistent)
 
 
-def _backward(H: int, V: int, light: bool, score: Body | None, dense: bool) -> tuning.Blocks:
+def _backward(H: int, V: int, light: bool, plain: bool, score: Body | None) -> tuning.Blocks:
     """With a score function both kernels are short of registers: smaller tiles, and turns only
-    where it reads coordinates. Where the mask is more than causal (not ``light``) the kernel of
-    wide heads is faster for dq (window of 1024 and 4 sinks: 0.4 ms of 1.8; other masks were not
-    measured). With values by query and key in the mask both have the sizes of a score function;
-    that was not measured either."""
+    where it reads coordinates. With values by query and key in the mask both have the sizes of a
+    score function; that was not measured."""
 
-    def dq(block_k: int, stages: int, turns: int = 0, wide: int = 0):
-        return _named("_dq", ROWS, block_k, stages, turns=turns, wide=wide)
+    def dq(block_k: int, stages: int, turns: int = 0, wide: int = 0, persistent: int = 0):
+        return _named(
+            "_dq", ROWS, block_k, stages, turns=turns, wide=wide, persistent=persistent
+        )
 
-    def dkv(stages: int, turns: int = 0, wide: int = 0):
-        return _named("_dkv", 64, ROWS, stages, turns=turns, wide=wide)
+    def dkv(block_q: int, stages: int, turns: int = 0, wide: int = 0, persistent: int = 0):
+        return _named(
+            "_dkv", block_q, ROWS, stages, turns=turns, wide=wide, persistent=persistent
+        )
 
-    if max(H, V) <= 64:
-        return dq(64, 3) | dkv(3)
     if only_wide(H, V):
         if max(H, V) > 192:
-            return dq(64, 2, wide=1 if V > 192 else 2) | dkv(2, wide=1)
-        return dq(64, 2, turns=1, wide=2) | dkv(3, wide=1)
+            return dq(64, 2, wide=1 if V > 192 else 2) | dkv(64, 2, wide=1)
+        return dq(64, 2, turns=1, wide=2) | dkv(64, 3, wide=1)
     if max(H, V) > 128:
-        return dq(64, 2) | dkv(2)
-    if score is None and not dense:
-        return (dq(128, 2) if light else dq(64, 2, wide=1)) | dkv(3, turns=1)
+        return dq(64, 2) | dkv(64, 2, wide=1)
+    if plain and not light:
+        return dq(64, 2, persistent=2) | dkv(64, 2, persistent=2)
+    if max(H, V) <= 64:
+        return dq(128, 2) | dkv(128, 2, turns=1) if plain else dq(64, 3) | dkv(64, 3)
     places = score is None or bool(
         (score.coordinates - {"score"}) | score.floats | set(score.handed)
     )
-    return dq(64, 3) | dkv(3, turns=int(places))
+    if plain or places:
+        return dq(64, 3) | dkv(64, 3, turns=1)
+    return dq(128, 2) | dkv(64, 3)
 
 
 def only_wide(H: int, V: int) -> bool:
@@ -188,9 +194,12 @@ def only_wide(H: int, V: int) -> bool:
 # the heuristic spills up to 0.3 KB (dq at 128) and 0.8 KB (dk, dv at 192 / 128), these 1.2 KB.
 _TRIED = {
     "": ((128, 2), (128, 3), (128, 4), (64, 2), (64, 3), (64, 4)),
-    "_dq": ((64, 3, 0, 0), (64, 3, 1, 0), (128, 2, 0, 0), (64, 2, 0, 1), (64, 3, 0, 2)),
+    "_dq": (
+        (64, 2, 0, 0), (64, 3, 0, 0), (64, 3, 1, 0), (128, 2, 0, 0), (64, 2, 0, 1), (64, 3, 0, 2)
+    ),
     "_dkv": (
-        (64, 3, 0, 0), (64, 3, 1, 0), (128, 2, 0, 0), (128, 2, 1, 0), (64, 3, 0, 1), (128, 2, 0, 1)
+        (64, 2, 0, 0), (64, 3, 0, 0), (64, 3, 1, 0), (128, 2, 0, 0), (128, 2, 1, 0), (64, 3, 0, 1),
+        (128, 2, 0, 1),
     ),
 }
 _TRIED_WIDE = {
@@ -210,8 +219,7 @@ def _candidates(key: tuning.Key) -> list[tuning.Blocks]:
             rows = (other, ROWS) if end == "_dkv" else (ROWS, other)
             sizes = _named(end, *rows, stages, **dict(zip(("turns", "wide"), rest)))
             found.append(usual | sizes)
-        found.append(usual | {f"persistent{end}": 1})
-        found += [usual | {"persistent": 1, "ahead": 0}] if not end else []
+        found += [usual | {f"persistent{end}": p} for p in (0, 1, 2)]
     return [
         blocks for i, blocks in enumerate(found)
         if blocks not in found[:i] and _refuses(key, blocks) is None
@@ -235,8 +243,8 @@ def _limits(key: tuning.Key, blocks: tuning.Blocks) -> Iterator[tuple[bool, str]
         yield sizes[other] not in (64, 128), f"{other}{end} = {sizes[other]} is not 64 or 128"
         yield sizes["stages"] < 2, f"stages{end} = {sizes['stages']} leaves no tile in flight"
         for field, size in sizes.items():
-            yield _flag(field, end) and size not in (0, 1), f"{field}{end} = {size} is not 0 or 1"
-            yield size < 0, f"{field}{end} = {size} is below 0"
+            most = MOST.get(field + end, MOST.get(field, math.inf))
+            yield not 0 <= size <= most, f"{field}{end} = {size} is not from 0 to {most}"
             yield bool(size and sizes.get("wide") and field + end in NOT_WIDE), (
                 f"{field}{end} = {size}: the kernel of wide heads has none"
             )
@@ -262,16 +270,17 @@ def _shared_kb(end: str, sizes: dict[str, int], H: int, V: int) -> int:
     other, stages = sizes["block_q" if end == "_dkv" else "block_k"], sizes["stages"]
     wide = sizes.get("wide", 0)
     rings = [2 * stages * other * H, 2 * (wide if end == "_dq" and wide else stages) * other * V]
-    queue = sizes["persistent"]
+    owned = 2 * max(1, sizes["persistent"])
     if end == "":  # o takes the place of q; lse
-        unit, tiles = math.lcm(8 * H, 8 * V), 2 if queue and sizes["ahead"] else 1
-        arrays = [4 * tiles * (-(-64 * max(H, V) // unit) * unit), 4 * ROWS]
+        unit = math.lcm(8 * H, 8 * V)
+        arrays = [2 * owned * (-(-64 * max(H, V) // unit) * unit), 4 * ROWS]
     elif end == "_dq":
-        arrays = [2 * ROWS * H, 2 * ROWS * V]
+        arrays = [owned * ROWS * H, owned * ROWS * V]
     else:  # a block of the kernel of wide heads owns half of the rows; lse and delta
         own = 64 if wide else ROWS
-        arrays = [2 * own * H, 2 * own * V, *[4 * stages * other] * 2]
+        arrays = [owned * own * H, owned * own * V, *[4 * stages * other] * 2]
         arrays += [4 * 64 * other] if wide else []
+    queue = min(1, sizes["persistent"])
     scratch = 0 if wide else SCRATCH_KB
     return sum(-(-size // KB) for size in (*rings, *arrays)) + scratch + queue
 

@@ -3,7 +3,8 @@
 An item is a row of tiles of one head (``order``). A kernel runs one block an item, or a few
 *persistent* blocks, one a multiprocessor, that take items until none is left: then copies run ahead
 into the next item, and neither a start of a block nor the first loads are waited for. A block takes
-the next item when it is free for it. Who does an item does not change its result.
+the next item when it is free for it; with ``persistent = 2`` it has room to load what that one owns
+beside what this one does. Who does an item does not change its result.
 """
 
 # Pallas references, layouts and kernels have no types that a checker can follow.
@@ -38,9 +39,14 @@ def given(lists: BlockLists) -> list[Any]:
 GIVEN = 5  # how many they are
 
 
-def blocks(items: int, persistent: bool) -> int:
+def blocks(items: int, persistent: int) -> int:
     """How many blocks do the items: one a multiprocessor if persistent, else one an item."""
     return min(items, cores(Device.default().kind)) if persistent else items
+
+
+def buffers(items: Items, blocks: int, persistent: int) -> int:
+    """For how many items a block has room for what they own."""
+    return persistent if blocks < items.count else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +123,14 @@ class Queue:
     """Who does which item; with as many ``blocks`` as ``items`` each has its own.
 
     Args:
+        buffers: 2 where there is room to load what the next item owns beside this one's, else 1.
         box: int32 ``[SLOTS]`` in shared memory, from the copying warpgroup to those that compute.
             ready, taken: barriers of its slots. interpret: see ``gpu_attend``.
     """
 
     items: Items
     blocks: int
+    buffers: int
     box: Any
     ready: Any
     taken: Any
@@ -137,28 +145,34 @@ class Queue:
         return self.items.place(item)
 
     def compute(self, work, load, registers: int):
-        """The part of a warpgroup that computes: ``after, it = work(turn, item, pull, it)`` for
-        each item of this block. turn counts them, it is 0 before the first.
+        """The part of a warpgroup that computes: ``after, it = work(buffer, item, pull, it)`` for
+        each item of this block. it is 0 before the first.
 
-        load: starts the copies of what an item owns; called here for the first one. The work calls
-        ``load_next(pull, load)`` once, when there is room for them, and returns what that returns.
+        ``load(item, buffer)`` starts the copies of what an item owns; called here for the first
+        one. The work calls ``early`` once its results before these have long left, and ``late``
+        when its own have, and returns what that returns.
         """
         if self.interpret is None:
             plgpu.set_max_registers(registers, action="increase")
         first = lax.axis_index("tile")
-        load(first)
+        load(first, 0)
         self._compute(work, first)
         plgpu.wait_smem_to_gmem(0)
 
-    def load_next(self, pull, load):
-        """Learn the next item and load what it owns, over outputs that are written by then.
+    def early(self, pull, load, buffer):
+        """Where there is a second buffer: learn the next item and load what it owns."""
+        return self._next(pull, load, 1 - buffer) if self.buffers > 1 else None
 
-        Returns the item, their number or more where there is none.
-        """
+    def late(self, after, pull, load):
+        """The next item, their number or more where there is none, as ``early`` found it or
+        loaded now over outputs that are written by then."""
+        return self._next(pull, load, 0) if after is None else after
+
+    def _next(self, pull, load, buffer):
         after = pull()
         if self.persistent:
-            plgpu.wait_smem_to_gmem(0)
-            pl.when(after < self.items.count)(lambda: load(after))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            pl.when(after < self.items.count)(lambda: load(after, buffer))
         return after
 
     def _compute(self, work, first):
@@ -177,7 +191,7 @@ class Queue:
                 plgpu.barrier_arrive(self.taken.at[slot])
                 return after
 
-            return turn + 1, *work(turn, item, pull, it)
+            return turn + 1, *work(lax.rem(turn, self.buffers), item, pull, it)
 
         self._loop(one, first)
 
