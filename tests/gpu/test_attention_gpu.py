@@ -206,8 +206,12 @@ def test_persistent_blocks_change_nothing(case, shape):
         return [[np.asarray(x) for x in jax.tree.leaves(step(*args))] for _ in range(times)]
 
     room = 2 if max(H, V) <= 128 else 1
-    names = ["persistent", "persistent_dq", *(["persistent_dkv"] if shape != "256" else [])]
-    rings = {"block_k_dq": 64, "stages_dq": 2, "stages_dkv": 2} if room > 1 else {}
+    names = ["persistent", "persistent_dq", "persistent_dkv"]
+    rings = {"block_k_dq": 64, "stages_dq": 2, "block_q_dkv": 64, "stages_dkv": 2}
+    if shape == "256":  # its kernel for dk and dv has no persistent blocks
+        names, rings = names[:2], {}
+    elif room == 1:
+        rings |= {"wide_dkv": 0}
     usual = runs({name: 0 for name in names} | rings, 1)[0]
     for found in runs({name: room for name in names} | rings, 5):
         for a, b in zip(found, usual, strict=True):
