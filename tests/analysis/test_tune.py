@@ -134,7 +134,7 @@ def clocked(seen):
         if len(args) == 4:
             for config, each in zip(backward, (2.0, 4.0)):
                 each *= 0.75 if isinstance(config, Wide) else 1.0
-                ms.append(each * (0.875 if config.persistent else 1.0))
+                ms.append(each * (0.875 if getattr(config, "persistent", 0) else 1.0))
             ms.append(0.1 * sum(config.stages != 3 for config in backward))
         return sum(ms) / 1e3
 
@@ -165,7 +165,7 @@ def test_hopper_rows(hopper, tmp_path, monkeypatch, capsys):
     assert "8.000  1.000        the heuristic" in out
     assert any(line.startswith("6.312  0.789") and "wide_dkv=1" in line
                for line in out.splitlines())
-    assert "persistent_dkv = 1: the kernel of wide heads has none" in out
+    assert "persistent_dkv = 1: the kernel of wide_dkv has no such thing" in out
 
     monkeypatch.setattr(tuning, "table", lambda kind: tuple(found["rows"]))
     x = jnp.zeros((1, 300, 2, 128), jnp.bfloat16)

@@ -17,7 +17,14 @@ from attnlab.core.dispatch import Device
 from attnlab.core.mask import Blocks, Causal, Coords, Full, MaskMod, Segments, SinkTokens, Window
 from attnlab.core.mods import Mod
 from attnlab.core.versions import JAX
-from attnlab.ops.attention import Call, gpu, gpu_work, reference, tuning
+from attnlab.ops.attention import (
+    Call,
+    gpu,
+    gpu_backward_fused,
+    gpu_work,
+    reference,
+    tuning,
+)
 
 pytestmark = pytest.mark.skipif(JAX < (0, 11, 2), reason="Mosaic GPU kernels need jax >= 0.11.2")
 
@@ -43,6 +50,7 @@ FIXED = jax.random.normal(jax.random.key(6), (2, 200, 200))
 SHAPES = {
     "gqa": (203, 4, 2, 64, 64),
     "wide": (200, 2, 2, 128, 128),
+    "gqa 128": (300, 4, 2, 128, 128),
     "mla": (200, 2, 2, 192, 128),
     "256": (100, 2, 1, 256, 256),
     "192": (140, 1, 1, 192, 192),
@@ -239,6 +247,32 @@ def test_persistent_blocks_change_nothing(name, blocks, room, monkeypatch):
         found = run(forward, CASES[name], exact=False)
     assert fewer[0] and sum(fewer) == (2 if name == "256" else 3), "forward, dq and dk, dv"
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (np.asarray(a) == np.asarray(b)).all()
+
+
+FUSED = {"fused_dkv": 1, "block_q_dkv": 64, "stages_dkv": 2, "turns_dkv": 0}
+
+
+@pytest.mark.parametrize("case", [
+    dict(shape="wide"), dict(shape="gqa 128"), dict(shape="gqa 128", mask=Full(), sink=True),
+], ids=lambda case: f"{case['shape']}, {'full' if 'mask' in case else 'causal'}")
+def test_the_fused_backward(case, monkeypatch):
+    """Against the reference, and the same bits whoever does the rows."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    found, launched = [], gpu_backward_fused.grads
+    calls = []
+    monkeypatch.setattr(
+        gpu_backward_fused, "grads", lambda *a, **k: calls.append(a) or launched(*a, **k)
+    )
+    with tuning.forcing(FUSED):
+        compare(case["shape"], case)
+        for blocks in (132, 2):
+            monkeypatch.setattr(gpu_work, "cores", lambda kind, blocks=blocks: blocks)
+            found.append(run(functools.partial(gpu.forward, interpret=interpret), case, False))
+    assert len(calls) == 3
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         assert (np.asarray(a) == np.asarray(b)).all()
 
 

@@ -27,6 +27,7 @@ from attnlab.ops.attention import (
     tuning,
 )
 from attnlab.ops.attention.gpu_backward import Config as Narrow
+from attnlab.ops.attention.gpu_backward_fused import Config as Fused
 from attnlab.ops.attention.gpu_backward_wide import Config as Wide
 from attnlab.ops.attention.gpu_forward import Config as Forward
 from attnlab.ops.attention.gpu_wide import Config as Above
@@ -98,6 +99,16 @@ def test_heuristic(H, V, call, forward, dq, dkv):
     assert found.forward == forward and found.backward == (dq, dkv)
 
 
+def test_fused_serves_plain_calls():
+    with tuning.forcing(FUSED):
+        assert sizes(128, 128).backward == (Fused(64, 128, 2),) * 2
+        for more in (dict(score=slope), dict(dense=True)):
+            with pytest.raises(ConfigError, match="serves calls without score function and bias"):
+                _ = sizes(128, 128, **more).backward
+        with pytest.raises(ConfigError, match="serves plain causal and full masks"):
+            _ = sizes(128, 128, layout="packed").backward
+
+
 def test_above_256_nothing_is_chosen():
     found = sizes(576, 512), sizes(576, 512, prefix=True)
     assert [x.forward for x in found] == [
@@ -113,6 +124,7 @@ def key(direction, H, V):
     return dataclasses.replace(KEY, direction=direction, H=H, V=V)
 
 
+FUSED = {"fused_dkv": 1, "block_q_dkv": 64, "stages_dkv": 2, "turns_dkv": 0, "persistent_dkv": 0}
 # Of the last size of a line the compiler took the first value and refused the second.
 COMPILED = [
     ("forward", 128, 128, {"block_k": (64,), "stages": (5, 6)}),
@@ -167,9 +179,15 @@ def test_shared_memory_is_what_the_compiler_reports(end, sizes, H, V, reported):
     (BACK, {"turns_dq": 2}, "turns_dq = 2 is not from 0 to 1"),
     (BACK, {"wide_dkv": 2, "turns_dkv": 0}, "wide_dkv = 2 is not from 0 to 1"),
     (BACK, {"wide_dq": -1}, "wide_dq = -1 is not from 0 to inf"),
-    (BACK, {"wide_dkv": 1}, "turns_dkv = 1: the kernel of wide heads has none"),
+    (BACK, {"wide_dkv": 1}, "turns_dkv = 1: the kernel of wide_dkv has no"),
     (BACK, {"wide_dkv": 1, "turns_dkv": 0, "persistent_dkv": 1}, "persistent_dkv = 1: the kernel"),
     (key("forward", 256, 256), {"persistent": 2}, "take 260 KB of shared memory"),
+    (BACK, FUSED | {"turns_dkv": 1}, "turns_dkv = 1: the kernel of fused_dkv has no"),
+    (BACK, FUSED | {"wide_dkv": 1}, "wide_dkv = 1: the kernel of fused_dkv has no"),
+    (BACK, FUSED | {"stages_dkv": 3}, "dkv: the tiles of H = 128, V = 128 take 259 KB"),
+    (BACK, FUSED | {"block_q_dkv": 128}, "serves H = V = 128 and block_q_dkv = 64"),
+    (key("backward", 64, 64), FUSED, "serves H = V = 128 and block_q_dkv = 64"),
+    (dataclasses.replace(BACK, mask="window"), FUSED, "serves plain causal and full masks"),
     (BACK, {"block_k_dq": 128}, "dq: the tiles of H = 128, V = 128 take 258 KB"),
     (BACK, {"stages_dq": 4, "persistent_dq": 2}, "dq: the tiles of H = 128, V = 128 take 259 KB"),
     (BACK, {"block_q_dkv": 128, "stages_dkv": 2},
@@ -183,7 +201,7 @@ def test_wrong_sizes(key, blocks, message):
 
 
 @pytest.mark.parametrize("H, V, forward, backward", [
-    (64, 64, 8, 16), (128, 128, 6, 12), (192, 128, 5, 10), (192, 192, 4, 7), (256, 128, 3, 8),
+    (64, 64, 8, 16), (128, 128, 6, 13), (192, 128, 5, 10), (192, 192, 4, 7), (256, 128, 3, 8),
     (256, 256, 2, 3),
 ])
 def test_candidates(H, V, forward, backward):
@@ -205,6 +223,7 @@ WINNER = {
         "block_q_dq": 128, "block_k_dq": 64, "stages_dq": 3, "turns_dq": 1, "wide_dq": 2,
         "persistent_dq": 1, "section_dq": 0, "block_q_dkv": 128, "block_k_dkv": 128,
         "stages_dkv": 2, "turns_dkv": 0, "wide_dkv": 1, "persistent_dkv": 0, "section_dkv": 4,
+        "fused_dkv": 0,
     },
 }
 TUNED = (

@@ -32,7 +32,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from attnlab.core.axes import vary
 from attnlab.core.errors import UnsupportedError
-from attnlab.ops.attention import gpu_backward, gpu_distance, gpu_widths
+from attnlab.ops.attention import gpu_backward, gpu_backward_fused, gpu_distance, gpu_widths
 from attnlab.ops.attention.blocks import block_lists
 from attnlab.ops.attention.gpu_plan import coordinates, handed_operands
 from attnlab.ops.attention.gpu_sizes import Sizes
@@ -190,8 +190,6 @@ def _gradients(static, asked: _Asked, q, k, v, do, base2, delta, handed, fixed, 
             "above 256 the kernel has a forward pass only",
             "train the expanded form (heads up to 256), or use impl='xla'",
         )
-    rows, columns = gpu_widths.backward_of(*static.sizes.backward)
-
     def run(kernel, config, transposed):
         plan, lists, operands = _prepared(
             static, config, handed, fixed, transposed, asked.handed
@@ -200,6 +198,11 @@ def _gradients(static, asked: _Asked, q, k, v, do, base2, delta, handed, fixed, 
                      interpret=static.interpret)
         return plan, operands, _as_varying(out, q)
 
+    configs = static.sizes.backward
+    if gpu_widths.is_fused(configs):
+        _, _, (dq, dk, dv) = run(gpu_backward_fused.grads, configs[0], True)
+        return dq, dk, dv, [None] * len(handed)
+    rows, columns = gpu_widths.backward_of(*configs)
     plan, operands, (dq, *row_sums) = run(*rows)
     vectors = gpu_backward.row_vectors(plan)
     row_sums, tables = row_sums[:vectors], row_sums[vectors:]

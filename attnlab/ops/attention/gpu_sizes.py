@@ -11,6 +11,7 @@ Besides (``persistent``: see ``gpu_work``)
 | ``turns_dq``, ``turns_dkv`` | two warpgroups run as they come | 1: they take turns to multiply |
 | ``wide_dq`` | ``gpu_backward`` | ``gpu_backward_wide``, so many tiles of values in flight |
 | ``wide_dkv`` | ``gpu_backward`` | 1: ``gpu_backward_wide_kv`` |
+| ``fused_dkv`` | dq has a kernel of its own | 1: ``gpu_backward_fused``; sizes of dq mean nothing |
 
 Heads above 256 have no choice: ``gpu_widths``.
 """
@@ -23,6 +24,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from attnlab.core.errors import ConfigError
 from attnlab.core.mask import Mask
 from attnlab.core.staging import Body
 from attnlab.ops.attention import tuning
@@ -32,10 +34,12 @@ from attnlab.ops.attention import tuning
 FIELDS = {
     "": ("block_q", "block_k", "stages", "persistent", "section"),
     "_dq": ("block_q", "block_k", "stages", "turns", "wide", "persistent", "section"),
-    "_dkv": ("block_q", "block_k", "stages", "turns", "wide", "persistent", "section"),
+    "_dkv": ("block_q", "block_k", "stages", "turns", "wide", "persistent", "section", "fused"),
 }
-MOST = {"turns": 1, "wide_dkv": 1, "persistent": 2}
-NOT_WIDE = ("turns_dkv", "persistent_dkv")  # what the kernels of wide heads do not have
+MOST = {"turns": 1, "wide_dkv": 1, "persistent": 2, "fused": 1}
+LACKS = {  # what these kernels do not have
+    "wide": ("turns_dkv", "persistent_dkv"), "fused": ("turns_dkv", "persistent_dkv", "wide_dkv"),
+}
 ENDS = {"forward": ("",), "backward": ("_dq", "_dkv")}
 ROWS = 128  # of the side that a block owns: two warpgroups of 64
 KB = 1024
@@ -87,16 +91,25 @@ class Sizes:
     @functools.cached_property
     def backward(self) -> tuple[Any, Any]:
         """The Configs of the kernels for dq and for dk, dv, of heads to 256."""
-        from attnlab.ops.attention import gpu_backward, gpu_backward_wide
+        from attnlab.ops.attention import gpu_backward, gpu_backward_fused, gpu_backward_wide
 
         blocks, configs = self._blocks("backward"), []
+        if blocks["fused_dkv"]:
+            if self.score is not None or self.dense:
+                raise ConfigError(
+                    "fused_dkv = 1", "serves calls without score function and bias", "force 0"
+                )
+            sizes = {n: blocks[f"{n}_dkv"] for n in ("block_q", "block_k", "stages", "section")}
+            fused = gpu_backward_fused.Config(**sizes)
+            return fused, fused
         for end in ENDS["backward"]:
             fields = _fields(end, blocks)
             wide = fields.pop("wide")
+            fields.pop("fused", None)
             if not wide:
                 configs.append(gpu_backward.Config(**fields))
                 continue
-            fields = {n: x for n, x in fields.items() if n + end not in NOT_WIDE}
+            fields = {n: x for n, x in fields.items() if n + end not in LACKS["wide"]}
             fields |= {"stages_v": wide} if end == "_dq" else {}
             configs.append(gpu_backward_wide.Config(**fields))
         return configs[0], configs[1]
@@ -220,6 +233,7 @@ def _candidates(key: tuning.Key) -> list[tuning.Blocks]:
             sizes = _named(end, *rows, stages, **dict(zip(("turns", "wide"), rest)))
             found.append(usual | sizes)
         found += [usual | {f"persistent{end}": p} for p in (0, 1, 2)]
+        found += [usual | _named(end, 64, ROWS, 2, fused=1)] if end == "_dkv" else []
     return [
         blocks for i, blocks in enumerate(found)
         if blocks not in found[:i] and _refuses(key, blocks) is None
@@ -245,8 +259,16 @@ def _limits(key: tuning.Key, blocks: tuning.Blocks) -> Iterator[tuple[bool, str]
         for field, size in sizes.items():
             most = MOST.get(field + end, MOST.get(field, math.inf))
             yield not 0 <= size <= most, f"{field}{end} = {size} is not from 0 to {most}"
-            yield bool(size and sizes.get("wide") and field + end in NOT_WIDE), (
-                f"{field}{end} = {size}: the kernel of wide heads has none"
+            for kernel, lacks in LACKS.items():
+                yield bool(size and sizes.get(kernel) and field + end in lacks), (
+                    f"{field}{end} = {size}: the kernel of {kernel}{end} has no such thing"
+                )
+        if sizes.get("fused"):
+            yield key.mask not in ("full", "causal"), (
+                f"fused{end} = 1 serves plain causal and full masks in layout full, not {key.mask}"
+            )
+            yield (H, V) != (128, 128) or sizes["block_q"] != 64, (
+                f"fused{end} = 1 serves H = V = 128 and block_q{end} = 64"
             )
         room = _shared_kb(end, sizes, H, V)
         yield room > SHARED_KB, (
@@ -276,12 +298,16 @@ def _shared_kb(end: str, sizes: dict[str, int], H: int, V: int) -> int:
         arrays = [2 * owned * (-(-64 * max(H, V) // unit) * unit), 4 * ROWS]
     elif end == "_dq":
         arrays = [owned * ROWS * H, owned * ROWS * V]
+    elif sizes["fused"]:  # lse and delta together; ds and dq of two tiles
+        arrays = [owned * ROWS * H, owned * ROWS * V, 8 * stages * other]
+        arrays += [4 * ROWS * other, 8 * other * H]
     else:  # a block of the kernel of wide heads owns half of the rows; lse and delta
         own = 64 if wide else ROWS
         arrays = [owned * own * H, owned * own * V, *[4 * stages * other] * 2]
         arrays += [4 * 64 * other] if wide else []
-    queue = min(1, sizes["persistent"])
-    scratch = 0 if wide else SCRATCH_KB
+    fused = sizes.get("fused", 0)
+    queue = min(1, sizes["persistent"]) or fused
+    scratch = 0 if wide or fused else SCRATCH_KB
     return sum(-(-size // KB) for size in (*rings, *arrays)) + scratch + queue
 
 

@@ -1,13 +1,16 @@
 """Which Hopper kernel serves which head widths, and the sizes of the one above 256.
 
+Backward, where nothing else is chosen:
+
 | max(H, V) | forward | dq | dk, dv |
 |---|---|---|---|
-| up to 128, and 192 / 128 | ``gpu_forward`` | ``gpu_backward`` | ``gpu_backward`` |
+| up to 128 | ``gpu_forward`` | ``gpu_backward`` | ``gpu_backward`` |
+| 192 / 128 | ``gpu_forward`` | ``gpu_backward`` | ``gpu_backward_wide_kv`` |
 | up to 256 | ``gpu_forward`` | ``gpu_backward_wide`` | ``gpu_backward_wide_kv`` |
 | up to 576 / 512 | ``gpu_wide`` | none | none |
 
 The kernel follows from the type of its sizes, which ``gpu_sizes`` chooses up to 256: tuned or
-forced ones may take the other kernel of dq or of dk, dv, as masks beyond causal do for dq of 128.
+forced ones may take the other kernel of dq or of dk, dv, or ``gpu_backward_fused`` for all three.
 """
 
 # Pallas references, layouts and kernels have no types that a checker can follow.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 from attnlab.ops.attention import (
     gpu_backward,
+    gpu_backward_fused,
     gpu_backward_wide,
     gpu_backward_wide_kv,
     gpu_forward,
@@ -39,6 +43,11 @@ def forward_config(H: int, V: int, value_is_prefix: bool) -> gpu_wide.Config:
 def forward_of(config):
     """The forward kernel of these sizes."""
     return gpu_wide.forward if isinstance(config, gpu_wide.Config) else gpu_forward.forward
+
+
+def is_fused(configs) -> bool:
+    """Whether sizes are of the kernel that has dq, dk and dv."""
+    return isinstance(configs[0], gpu_backward_fused.Config)
 
 
 def backward_of(config_q, config_kv):

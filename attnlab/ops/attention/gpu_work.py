@@ -75,6 +75,15 @@ class Runs:
 
         return lax.fori_loop(0, self.number, run, (self.first, self.count, carry))[-1]
 
+    def visit_back(self, step, carry):
+        """The same from the last tile to the first."""
+
+        def run(e, carry):
+            first, count = self.at(self.start + self.number - 1 - e)
+            return lax.fori_loop(0, count, lambda i, c: step(first + count - 1 - i, c), carry)
+
+        return lax.fori_loop(0, self.number, run, carry)
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -144,19 +153,21 @@ class Queue:
         """See ``Items.place``."""
         return self.items.place(item)
 
-    def compute(self, work, load, registers: int):
+    def compute(self, work, load, registers: int, rings=()):
         """The part of a warpgroup that computes: ``after, it = work(buffer, item, pull, it)`` for
         each item of this block. it is 0 before the first.
 
         ``load(item, buffer)`` starts the copies of what an item owns; called here for the first
-        one. The work calls ``early`` once its results before these have long left, and ``late``
-        when its own have, and returns what that returns.
+        one. rings: see ``copy``. The work calls ``early`` once its results before these have long
+        left, and ``late`` when its own have, and returns what that returns.
         """
         if self.interpret is None:
             plgpu.set_max_registers(registers, action="increase")
         first = lax.axis_index("tile")
         load(first, 0)
-        self._compute(work, first)
+        it = self._compute(work, first)
+        for free, slots in rings:
+            drain(free, it, slots)
         plgpu.wait_smem_to_gmem(0)
 
     def early(self, pull, load, buffer):
@@ -178,8 +189,7 @@ class Queue:
     def _compute(self, work, first):
         zero = jnp.int32(0)
         if not self.persistent:
-            work(zero, first, lambda: jnp.int32(self.items.count), zero)
-            return
+            return work(zero, first, lambda: jnp.int32(self.items.count), zero)[1]
 
         def one(state):
             turn, item, it = state
@@ -193,7 +203,7 @@ class Queue:
 
             return turn + 1, *work(lax.rem(turn, self.buffers), item, pull, it)
 
-        self._loop(one, first)
+        return self._loop(one, first)[-1]
 
     def copy(self, load, rings, registers: int):
         """The part of the warpgroup that copies: ``it = load(item, it)`` for each item.
