@@ -24,8 +24,7 @@ ROWS = RESULTS / "bench_attention.json"
 COLOURS = {
     "gpu": "#cc3311", "flex": "#4477aa", "flex-exp": "#88bbee", "flex-fa4": "#66ccee",
     "torch-cudnn": "#ccbb44", "cudnn": "#228833", "tokamax": "#aa3377", "gpu-wide": "#ee7733",
-    "triton": "#ee8866",
-    "xla": "#bbbbbb",
+    "triton": "#882255", "xla": "#bbbbbb",
 }
 LENGTH = 16384
 
