@@ -254,7 +254,8 @@ FUSED = {"fused_dkv": 1, "block_q_dkv": 64, "stages_dkv": 2, "turns_dkv": 0}
 
 
 @pytest.mark.parametrize("case", [
-    dict(shape="wide"), dict(shape="gqa 128"), dict(shape="gqa 128", mask=Full(), sink=True),
+    dict(shape="wide"), dict(shape="gqa"), dict(shape="gqa 128"),
+    dict(shape="gqa 128", mask=Full(), sink=True),
 ], ids=lambda case: f"{case['shape']}, {'full' if 'mask' in case else 'causal'}")
 def test_the_fused_backward(case, monkeypatch):
     """Against the reference, and the same bits whoever does the rows."""

@@ -61,9 +61,9 @@ def grads(
     plan: Plan, config: Config, q, k, v, do, lse, delta, lists: BlockLists, operands, *,
     interpret: Any = None,
 ):
-    """``dq[B, T, N, H]``, ``dk[B, S, K, H]``, ``dv[B, S, K, V]``, for H = V = 128, without a score
-    function. ``lists`` are transposed, the same for all rows and heads. Beside its results it takes
-    ``4 B T N H`` bytes."""
+    """``dq[B, T, N, H]``, ``dk[B, S, K, H]``, ``dv[B, S, K, V]``, for H = V = 64 or 128, without a
+    score function. ``lists`` are transposed, the same for all rows and heads. Beside its results it
+    takes ``4 B T N H`` bytes."""
     if plan.scale == 0:
         raise UnsupportedError("fused_dkv = 1", "divides by the scale, which is 0", "force 0")
     B, T, N, H = q.shape
@@ -82,6 +82,10 @@ def grads(
         jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype),
     ]
     shape, unit = (WIDTH, block_q), plan.scale * LOG2E
+    # The product with half of the columns of k wants them in whole units of the swizzle: 64 numbers
+    # in k as it lies there for the logits, 32 in a copy, and ds in the same form.
+    again = half < 64
+    narrow = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(64))
 
     def kernel(*refs):
         (q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref), listed, given, (dq_ref, *results) = (
@@ -90,8 +94,8 @@ def grads(
         listed = gpu_work.Listed(listed)
         operand_refs = dict(zip(names, given, strict=True))
 
-        def scoped(k_smem, v_smem, q_smem, do_smem, row_smem, ds_smem, dq_smem, p_smem, kv_bar,
-                   q_bar, free, ds_bar, dq_bar, dq_free, *box):
+        def scoped(k_smem, v_smem, again_smem, q_smem, do_smem, row_smem, ds_smem, dq_smem, p_smem,
+                   kv_bar, q_bar, free, ds_bar, dq_bar, dq_free, *box):
             wg = lax.axis_index("wg")
             queue = gpu_work.Queue(items, blocks, 1, *box, interpret)
 
@@ -128,6 +132,8 @@ def grads(
                 at = (b, pl.ds(k0, WIDTH), kv)
                 plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[me], kv_bar)
                 plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[me], kv_bar)
+                if again:
+                    plgpu.copy_gmem_to_smem(k_ref.at[at], again_smem.at[me], kv_bar)
 
             def grad(me: int, _, item, pull, it):
                 b, kv, r = queue.place(item)
@@ -178,7 +184,8 @@ def grads(
                         for w in range(COMPUTE):
                             left = ds_smem.at[buffer, w].transpose((1, 0))
                             columns = pl.ds(me * half, half)
-                            right = k_smem.at[w + varying_zero(i), pl.ds(0, WIDTH), columns]
+                            keys = again_smem if again else k_smem
+                            right = keys.at[w + varying_zero(i), pl.ds(0, WIDTH), columns]
                             plgpu.wgmma(dq_ref, left, right)
 
                     def add(refs):
@@ -280,15 +287,17 @@ def grads(
         pl.run_scoped(
             scoped,
             tiled(dtype, COMPUTE, WIDTH, H), tiled(dtype, COMPUTE, WIDTH, V),
+            plgpu.SMEM((COMPUTE, WIDTH, H), dtype, transforms=narrow) if again else None,
             tiled(dtype, stages, block_q, H), tiled(dtype, stages, block_q, V),
             plgpu.SMEM((2, stages, block_q), jnp.float32),
-            tiled(dtype, BUFFERS, COMPUTE, WIDTH, block_q),
+            plgpu.SMEM((BUFFERS, COMPUTE, WIDTH, block_q), dtype, transforms=narrow) if again
+            else tiled(dtype, BUFFERS, COMPUTE, WIDTH, block_q),
             plgpu.SMEM(
                 (BUFFERS, COMPUTE, block_q, half), jnp.float32,
                 transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
             ),
             None if interpret is None else tiled(dtype, COMPUTE, WIDTH, block_q),
-            plgpu.Barrier(num_arrivals=2 * COMPUTE),
+            plgpu.Barrier(num_arrivals=(3 if again else 2) * COMPUTE),
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE),

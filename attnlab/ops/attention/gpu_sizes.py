@@ -233,7 +233,8 @@ def _candidates(key: tuning.Key) -> list[tuning.Blocks]:
             sizes = _named(end, *rows, stages, **dict(zip(("turns", "wide"), rest)))
             found.append(usual | sizes)
         found += [usual | {f"persistent{end}": p} for p in (0, 1, 2)]
-        found += [usual | _named(end, 64, ROWS, 2, fused=1)] if end == "_dkv" else []
+        stages = 3 if key.H <= 64 else 2
+        found += [usual | _named(end, 64, ROWS, stages, fused=1)] if end == "_dkv" else []
     return [
         blocks for i, blocks in enumerate(found)
         if blocks not in found[:i] and _refuses(key, blocks) is None
@@ -267,8 +268,8 @@ def _limits(key: tuning.Key, blocks: tuning.Blocks) -> Iterator[tuple[bool, str]
             yield key.mask not in ("full", "causal"), (
                 f"fused{end} = 1 serves plain causal and full masks in layout full, not {key.mask}"
             )
-            yield (H, V) != (128, 128) or sizes["block_q"] != 64, (
-                f"fused{end} = 1 serves H = V = 128 and block_q{end} = 64"
+            yield H != V or H > 128 or sizes["block_q"] != 64, (
+                f"fused{end} = 1 serves H = V up to 128 and block_q{end} = 64"
             )
         room = _shared_kb(end, sizes, H, V)
         yield room > SHARED_KB, (
@@ -298,8 +299,9 @@ def _shared_kb(end: str, sizes: dict[str, int], H: int, V: int) -> int:
         arrays = [2 * owned * (-(-64 * max(H, V) // unit) * unit), 4 * ROWS]
     elif end == "_dq":
         arrays = [owned * ROWS * H, owned * ROWS * V]
-    elif sizes["fused"]:  # lse and delta together; ds and dq of two tiles
+    elif sizes["fused"]:  # lse and delta together; ds and dq of two tiles; a copy of k
         arrays = [owned * ROWS * H, owned * ROWS * V, 8 * stages * other]
+        arrays += [owned * ROWS * H] if H == 64 else []
         arrays += [4 * ROWS * other, 8 * other * H]
     else:  # a block of the kernel of wide heads owns half of the rows; lse and delta
         own = 64 if wide else ROWS
