@@ -245,6 +245,7 @@ KERNEL = {
         (190, 150, 0), None,
     ),
     "documents": (Setting(2, 2, 1, 64, 64, 128, documents=True), (128, 70, 20), None),
+    "scale 0": (Setting(1, 2, 1, 64, 64, 128, options=(("scale", 0.0),)), (100, 0, 7), None),
     "one consumer, 192 over 128": (Setting(1, 2, 1, 192, 128, 128), (128, 65, 0), None),
     "128, one slot each": (Setting(1, 2, 1, 128, 128, 192), (192, 65, 0), Config(stages=2)),
 }

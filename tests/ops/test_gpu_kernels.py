@@ -60,6 +60,8 @@ SHAPES = {
 CASES = {
     "causal": dict(shape="gqa"),
     "causal 128": dict(shape="wide"),
+    "scale 0": dict(shape="gqa", scale=0.0),
+    "scale below 0": dict(shape="gqa", scale=-0.2, mask=Causal() & Window(40)),
     "192 over 128": dict(shape="mla"),
     "window, sinks, empty rows": dict(
         shape="gqa", mask=Causal() & (Window(40) | SinkTokens(2)) & MaskMod.of(
@@ -152,7 +154,8 @@ def run(forward, case, exact: bool):
         score = None if make is None else Mod.of(make(extra), score_dtype=jnp.float32).bound(1, N)
         o, lse = forward(
             q, k, v, mask=mask.bound(1, N), score=score, q_coords=coords, k_coords=coords,
-            scale=H**-0.5, sink_logits=sink, logit_cap=case.get("cap"), return_lse=True,
+            scale=case.get("scale", H**-0.5), sink_logits=sink, logit_cap=case.get("cap"),
+            return_lse=True,
             softmax_dtype=jnp.dtype("float32"), layout="full" if segments is None else "packed",
         )
         seen = jnp.where(jnp.isfinite(lse), lse, 0)
@@ -255,8 +258,8 @@ FUSED = {"fused_dkv": 1, "block_q_dkv": 64, "stages_dkv": 2, "turns_dkv": 0}
 
 @pytest.mark.parametrize("case", [
     dict(shape="wide"), dict(shape="gqa"), dict(shape="gqa 128"),
-    dict(shape="gqa 128", mask=Full(), sink=True),
-], ids=lambda case: f"{case['shape']}, {'full' if 'mask' in case else 'causal'}")
+    dict(shape="gqa 128", mask=Full(), sink=True), dict(shape="wide", scale=0.0),
+], ids=lambda case: ", ".join(map(str, case.values())))
 def test_the_fused_backward(case, monkeypatch):
     """Against the reference, and the same bits whoever does the rows."""
     from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -30,7 +30,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from attnlab.core.errors import UnsupportedError
 from attnlab.ops.attention import gpu_work, order
 from attnlab.ops.attention.blocks import BlockLists
 from attnlab.ops.attention.gpu_backward import COLUMN, _take_apart, _zeros
@@ -64,8 +63,6 @@ def grads(
     """``dq[B, T, N, H]``, ``dk[B, S, K, H]``, ``dv[B, S, K, V]``, for H = V = 64 or 128, without a
     score function. ``lists`` are transposed, the same for all rows and heads. Beside its results it
     takes ``4 B T N H`` bytes."""
-    if plan.scale == 0:
-        raise UnsupportedError("fused_dkv = 1", "divides by the scale, which is 0", "force 0")
     B, T, N, H = q.shape
     K, V = v.shape[2:]
     G, dtype = N // K, q.dtype
@@ -81,7 +78,7 @@ def grads(
         jax.ShapeDtypeStruct((*own, B, tiles * block_q, N, H), jnp.float32),
         jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype),
     ]
-    shape, unit = (WIDTH, block_q), plan.scale * LOG2E
+    shape, unit = (WIDTH, block_q), plan.scale * LOG2E if plan.scale else 1.0
     # The product with half of the columns of k wants them in whole units of the swizzle: 64 numbers
     # in k as it lies there for the logits, 32 in a copy, and ds in the same form.
     again = half < 64
@@ -149,7 +146,8 @@ def grads(
 
                     def pairs(refs):
                         s_ref, dp_ref = refs
-                        plgpu.wgmma(s_ref, k_smem.at[mine], q_smem.at[slot].transpose((1, 0)))
+                        if plan.scale:
+                            plgpu.wgmma(s_ref, k_smem.at[mine], q_smem.at[slot].transpose((1, 0)))
                         plgpu.wgmma(dp_ref, v_smem.at[mine], do_smem.at[slot].transpose((1, 0)))
 
                     def start(x: int, factor: float):

@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attnlab.ops.attention.decode_gpu import PRODUCER_REGISTERS, ROWS, Static, Work
 from attnlab.ops.attention.gpu_forward import ROW, tiled
-from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER
+from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, NEVER, positive
 from attnlab.ops.attention.gpu_work import drain
 
 COLUMN = LAYOUT.reduce(0)
@@ -172,8 +172,7 @@ def pieces(
                         if static.cap is not None:
                             s = jnp.tanh(s * (static.scale / static.cap)) * static.cap
                             unit = LOG2E
-                        elif unit < 0:
-                            s, unit = s * -1.0, -unit
+                        s, unit = positive(s, unit)
                         s = jnp.where(seen(task, row, where, limit, own), s, -jnp.inf)
                         top = jnp.maximum(m, s.max(axis=1) * unit)
                         alpha = jnp.exp2(m - top)

@@ -36,6 +36,7 @@ from attnlab.ops.attention.gpu_tiles import (
     WIDTH,
     Tile,
     load,
+    positive,
     varying_zero,
 )
 
@@ -176,10 +177,7 @@ def forward(
                     s, tile.early = pl.run_scoped(multiply, acc_s)
                     plgpu.barrier_arrive(k_free.at[slot])
                     unit = plan.scale * LOG2E if plan.score is None else LOG2E
-                    if plan.score is not None:
-                        s = tile.scores(s)
-                    elif unit < 0:
-                        s, unit = s * -1.0, -unit
+                    s, unit = positive(s if plan.score is None else tile.scores(s), unit)
                     if masked:
                         s = jnp.where(tile.seen(), s, -jnp.inf)
                     top = jnp.maximum(m, s.max(axis=1) * unit)

@@ -213,6 +213,14 @@ class Tile:
         return z.settled(self.lift, but=None if self.plan.whole else "row")
 
 
+def positive(s, unit: float):
+    """The same products of logits and unit with a unit above 0: hidden logits are -inf, which must
+    stay so."""
+    if unit > 0:
+        return s, unit
+    return (s * -1.0, -unit) if unit < 0 else (s * 0.0, 1.0)
+
+
 def _as_float(x):
     """float32 of integers below 2**22: two cheap instructions instead of a conversion."""
     magic = 0x4B400000  # the bits of 1.5 * 2**23: adding x to them adds x to the number
