@@ -27,6 +27,7 @@ from typing import Any
 from attnlab.analysis import bench_cases
 from attnlab.analysis.bench import save, stored
 from attnlab.analysis.bench_cases import BOTH, Case, Decode
+from attnlab.analysis.bench_report import ms as time_of
 from attnlab.analysis.bench_timing import merged
 from attnlab.analysis.bench_worker import Worker
 from attnlab.core.errors import ConfigError
@@ -100,7 +101,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         for case in cases:
             if isinstance(case, Case):
                 exact[case.name] = path = str(Path(folder) / f"{case.name}.npz")
-                lead.ask("reference", CELL_S, case=case, path=path)
+                reply = lead.ask("reference", CELL_S, case=case, path=path)
+                if "reason" in reply:
+                    lead.stop()
+                    raise ConfigError(f"reference of {case.name}", reply["reason"], "leave it out")
         lead.stop()
         fixed = {
             "bench": "sizes", "impl": options.impl, "device": stamp["stamp"]["device"],
@@ -160,15 +164,9 @@ def _store(out: Path, row: dict[str, Any]) -> None:
     save(out, [old for old in stored(out) if key(old) != key(row)] + [row])
 
 
-def _ms(row: dict[str, Any]) -> float | None:
-    if row.get("reason") is not None or row.get("queued_ms") is None:
-        return None
-    return row["queued_ms"] if row["device_ms"] is None else row["device_ms"]
-
-
 def _line(row: dict[str, Any], usual: float | None = None) -> str:
     sizes = " ".join(f"{n}={x}" for n, x in row["sizes"].items()) or "the heuristic"
-    ms = _ms(row)
+    ms = time_of(row)
     if ms is None:
         return f"{row['case']:13} {row['direction']:8} {sizes}: {row.get('reason')}"
     ratio = "" if usual is None else f"{ms / usual:7.3f}"
@@ -183,10 +181,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         groups.setdefault((row["device"], row["case"], row["direction"], row["S"]), []).append(row)
     lines = []
     for members in groups.values():
-        usual = next((_ms(row) for row in members if not row["sizes"]), None)
-        timed = [row for row in members if _ms(row) is not None]
-        lines += [_line(row, usual) for row in sorted(timed, key=lambda row: _ms(row) or 0)]
-        lines += [_line(row) for row in members if _ms(row) is None]
+        usual = next((time_of(row) for row in members if not row["sizes"]), None)
+        timed = [row for row in members if time_of(row) is not None]
+        lines += [_line(row, usual) for row in sorted(timed, key=lambda row: time_of(row) or 0)]
+        lines += [_line(row) for row in members if time_of(row) is None]
     return "\n".join(lines)
 
 

@@ -16,8 +16,9 @@ from attnlab.core.errors import ConfigError, DataError
 class Fake:
     """A worker that answers at once; ``ms[impl]`` is the device time, or the reason for none."""
 
-    def __init__(self, ms, versions=None, platform="gpu", clock=None, dies_at=None):
-        self.dies_at = dies_at
+    def __init__(self, ms, versions=None, platform="gpu", clock=None, dies_at=None,
+                 slow_reference=False):
+        self.dies_at, self.slow_reference = dies_at, slow_reference
         self.ms, self.asked, self.timed, self.clock = ms, [], [], clock
         self.versions, self.platform = versions or {"jax": "1"}, platform
 
@@ -29,6 +30,9 @@ class Fake:
         if method == "ceilings":
             return {"matmul_tflops": 790.0, "copy_gb_s": 4300.0}
         if method == "reference":
+            if self.slow_reference:
+                self.clock[0] += seconds
+                return {"reason": f"no answer in {seconds:.0f} s: stopped", "lost": True}
             return {"reference_s": 1.0}
         ms = self.ms[arguments["impl"]]
         if method == "time":
@@ -59,7 +63,11 @@ def measured(tmp_path, jax_ms, torch_ms, words="causal-128", **options):
         say=lambda line: None, **options,
     )
     asked = {cell for worker in workers.values() for cell in worker.asked if cell != "lost"}
-    assert {(case.name, impl, way) for case, impl, way in done} == asked
+    not_asked = {
+        (r["case"], r["impl"], r["direction"]) for r in rows
+        if str(r["reason"]).startswith("no reference")
+    }
+    assert {(case.name, impl, way) for case, impl, way in done} == asked | not_asked
     return rows, left, workers, cells
 
 
@@ -91,6 +99,17 @@ def test_the_limit_leaves_cells(tmp_path, monkeypatch):
     assert left == cells[len(rows):]
     rows, left, _, _ = measured(tmp_path, {"gpu": 2.0, "cudnn": 2.0}, {"flex": 3.0}, seconds=1e4)
     assert not left and len(rows) == 6
+
+
+def test_what_the_limit_cuts_short_gets_no_row(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(bench_attention.time, "monotonic", lambda: clock[0])
+    slow = {"clock": clock, "slow_reference": True}
+    rows, left, _, cells = measured(tmp_path, {"gpu": 2.0, "cudnn": 2.0}, {"flex": 3.0},
+                                    seconds=100, jax=slow)
+    assert not rows and left == cells
+    rows, left, *_ = measured(tmp_path, {"gpu": 2.0, "cudnn": 2.0}, {"flex": 3.0}, jax=slow)
+    assert not left and {r["reason"] for r in rows} == {"no reference: no answer in 180 s: stopped"}
 
 
 def test_the_table_holds_ratios_and_reasons(tmp_path):

@@ -85,7 +85,7 @@ class Engine:
                 function, args = bench_decode.call(case, impl, data)
             else:
                 function, args = call(case, impl, direction, data)
-            compiled = jax.jit(function).lower(*args).compile()
+            compiled = function.lower(*args).compile()
         self.compiled[impl, direction] = compiled, args
         return {"compile_s": time.perf_counter() - started}
 
@@ -111,8 +111,8 @@ class Engine:
         if isinstance(case, Case) and case.sight == "blocks" and impl in OURS:
             row |= lists_times(case, data)
         if isinstance(case, Case) and planned(case, impl):
-            plan_ = jax.jit(functools.partial(_plan, case))
-            row["lists_ms"] = _device_ms(plan_, (data["positions"], data["segments"]))
+            build = jax.jit(functools.partial(_plan, case))
+            row["lists_ms"] = _device_ms(build, (data["positions"], data["segments"]))
         self.ready[impl, direction] = function, args
         return row
 
