@@ -1,17 +1,22 @@
 """Backward kernel for Hopper that gives dq, dk and dv at once: 5 products a tile, not 7.
 
 A block owns 128 keys, 64 a warpgroup, as in ``gpu_backward.grad_kv``, and passes the queries from
-the last tile to the first. Beside ``dv += p^T do`` and ``dk += ds^T q`` it has the part of a tile
-of dq that its keys give, ``ds k``: the warpgroups exchange ``ds`` through shared memory and
-multiply half of the columns each, and the warpgroup that copies adds the part to dq in device
-memory, float32, by the copy engine. Logits start from ``-lse`` and the products ``v do`` from
-``-delta``: two vectors less in registers.
+the last tile to the first, the heads of its group tile by tile. Beside ``dv += p^T do`` and
+``dk += ds^T q`` it has the part of a tile of dq that its keys give, ``ds k``: the warpgroups
+exchange ``ds`` through shared memory and multiply half of the columns each, a tile later, so that
+neither waits for the other. Warps of the third warpgroup load tiles and add the parts to dq in
+device memory, float32, by the copy engine. Logits start from ``-lse`` and the products ``v do``
+from ``-delta``: two vectors less in registers.
 
 dq is summed in one order: each tile of queries counts the rows of keys that were there, and row r
 waits until r were. So results are the same bit for bit in every run. Row r waits for rows before it
 alone; these have begun earlier, since blocks take rows in order from a counter (``gpu_work``), and
 are ahead of it. Where the rows of a head are ordered by length, that is their order: served are
 causal and full masks, whose row r visits the queries from some tile on, all heads the same.
+
+Rows of one head that run at a time wait for each other, so there should be few: items of ``HEADS``
+heads are done together. With fewer key/value heads than that, the query heads of a group are parted
+among blocks, and dk and dv are summed like dq, in the order of the parts.
 """
 
 # Pallas references, layouts and kernels have no types that a checker can follow.
@@ -38,7 +43,7 @@ from attnlab.ops.attention.gpu_plan import Plan
 from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Tile, varying_zero
 
 BUFFERS = 2  # of ds, and of tiles of dq on their way
-BEHIND = 2  # tiles of queries loaded before the dq of one is sent
+HEADS = 16  # whose rows are done together: 8 rows of each on 132 multiprocessors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Config:
     """Sizes of the kernel; see ``gpu_forward.Config``.
 
     Args:
-        section: 0: 16 heads, or fewer rows of a head would begin without waiting for each other.
+        section: heads whose rows are done together; 0: ``HEADS``, or a few more that divide all.
     """
 
     block_q: int
@@ -65,19 +70,23 @@ def grads(
     takes ``4 B T N H`` bytes."""
     B, T, N, H = q.shape
     K, V = v.shape[2:]
-    G, dtype = N // K, q.dtype
-    block_q, stages = config.block_q, config.stages
+    dtype, block_q, stages = q.dtype, config.block_q, config.stages
+    least = config.section or HEADS
+    parts = parted(B * K, N // K, least)
+    G = N // K // parts  # heads of a block
     tiles, half = -(-T // block_q), H // COMPUTE
     names = [name for name, _ in plan.names]
-    items = order.over_keys(q, k, v, lists, config.section or 16)
+    count = B * K * parts
+    section = next(n for n in range(min(least, count), count + 1) if count % n == 0)
+    items = order.Items(B, K * parts, lists.rows, section)
     blocks = gpu_work.blocks(items.count, 1)
     inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]
-    # The interpreter adds nothing in device memory: there each row of keys has a dq of its own.
-    own = () if interpret is None else (items.rows,)
-    outs = [
-        jax.ShapeDtypeStruct((*own, B, tiles * block_q, N, H), jnp.float32),
-        jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype),
-    ]
+    # The interpreter adds nothing in device memory: there each addend has an array of its own.
+    addends = (lambda n: ()) if interpret is None else lambda n: (n,)
+    outs = [jax.ShapeDtypeStruct((*addends(items.rows), B, tiles * block_q, N, H), jnp.float32)]
+    for x in (k, v):
+        own = (x.shape, dtype) if parts == 1 else ((*addends(parts), *x.shape), jnp.float32)
+        outs.append(jax.ShapeDtypeStruct(*own))
     shape, unit = (WIDTH, block_q), plan.scale * LOG2E if plan.scale else 1.0
     # The product with half of the columns of k wants them in whole units of the swizzle: 64 numbers
     # in k as it lies there for the logits, 32 in a copy, and ds in the same form.
@@ -92,9 +101,28 @@ def grads(
         operand_refs = dict(zip(names, given, strict=True))
 
         def scoped(k_smem, v_smem, again_smem, q_smem, do_smem, row_smem, ds_smem, dq_smem, p_smem,
-                   kv_bar, q_bar, free, ds_bar, dq_bar, dq_free, *box):
+                   kv_bar, q_bar, free, ds_bar, ds_free, dq_bar, dq_free, *box):
             wg = lax.axis_index("wg")
             queue = gpu_work.Queue(items, blocks, 1, *box, interpret)
+
+            def counters(n: int) -> Any:
+                """Semaphores that start at 0; the interpreter has none."""
+                if interpret is None:
+                    return pl.get_global(plgpu.SemaphoreType.REGULAR((n,)))
+
+            def in_turn(counts, index, turn, send, own=()):
+                """``send(add)`` once ``turn`` others have arrived there, the first does not add;
+                with ``own`` in the interpreter."""
+                if counts is None:
+                    return send(False, own)
+                plgpu.semaphore_wait(counts.at[index], turn, decrement=False, memory_scope="gpu")
+                pl.when(turn == 0)(lambda: send(False))
+                pl.when(turn > 0)(lambda: send(True))
+
+            def arrived(counts, index):
+                plgpu.wait_smem_to_gmem(0)
+                if counts is not None:
+                    plgpu.semaphore_signal(counts.at[index], memory_scope="gpu")
 
             def accumulated(products, sums) -> Any:
                 """``sums`` after ``products(refs)``; the interpreter's start from nothing."""
@@ -108,35 +136,55 @@ def grads(
                 spaces = (plgpu.ACC(x.shape, jnp.float32) for x in sums)
                 return tuple(x + y for x, y in zip(sums, pl.run_scoped(scope, *spaces)))
 
-            def walk(item, step, carry):
-                """``carry = step(i, n, masked, carry)`` over the tiles of all heads, last first."""
-                b, kv, r = queue.place(item)
+            def place(item):
+                """Row of the batch, key/value head, first query head, part, row of the lists."""
+                b, n, r = queue.place(item)
+                kv = lax.div(n, parts)
+                return b, kv, n * G, n - kv * parts, listed.row(b, kv * (N // K), r)
 
-                def head(g, carry):
-                    n = kv * G + g
-                    row = listed.row(b, n, r)
-                    for runs, masked in ((row.full, False), (row.partial, True)):
-                        carry = runs.visit_back(
-                            lambda i, c, masked=masked: step(i, n, masked, c), carry
-                        )
-                    return carry
+            def walk(place, step, carry):
+                """``carry = step(i, n, masked, carry)`` over the tiles, last first, and heads."""
+                _, _, n, _, row = place
+                for runs, masked in ((row.full, False), (row.partial, True)):
+                    def tile(e, i, c, masked=masked):
+                        return step(i, n + e, masked, c)
 
-                return lax.fori_loop(0, G, head, carry)
+                    carry = runs.visit_back(tile, carry, times=G)
+                return carry
 
             def load_keys(me: int, item, _):
-                b, kv, r = queue.place(item)
-                k0 = listed.index(b, kv * G, r) * config.block_k + me * WIDTH
-                at = (b, pl.ds(k0, WIDTH), kv)
+                b, kv, _, _, row = place(item)
+                at = (b, pl.ds(row.index * config.block_k + me * WIDTH, WIDTH), kv)
                 plgpu.copy_gmem_to_smem(k_ref.at[at], k_smem.at[me], kv_bar)
                 plgpu.copy_gmem_to_smem(v_ref.at[at], v_smem.at[me], kv_bar)
                 if again:
                     plgpu.copy_gmem_to_smem(k_ref.at[at], again_smem.at[me], kv_bar)
 
-            def grad(me: int, _, item, pull, it):
-                b, kv, r = queue.place(item)
-                k0 = listed.index(b, kv * G, r) * config.block_k + me * WIDTH
+            def grad(me: int, key_counts, _, item, pull, it):
+                b, kv, _, part, row = here = place(item)
+                it = it + varying_zero(item)  # nor to the products
+                k0, first = row.index * config.block_k + me * WIDTH, it
                 at = (b, pl.ds(k0, WIDTH), kv)
                 plgpu.barrier_wait(kv_bar)
+
+                def queries(dq_ref, it):
+                    """dq of the tile before ``it``; from the first tile on, where there is none,
+                    something that is not used, of what this warpgroup wrote."""
+                    some = it > first
+                    buffer = lax.rem(jnp.where(some, it + 1, it), BUFFERS)
+                    for w in range(COMPUTE):
+                        left = ds_smem.at[buffer, jnp.where(some, w, me)].transpose((1, 0))
+                        keys = (again_smem if again else k_smem).at[w + varying_zero(it)]
+                        plgpu.wgmma(dq_ref, left, keys.at[:, pl.ds(me * half, half)])
+
+                def give(dq, it):
+                    """Hand dq of the tile before ``it`` to be sent."""
+                    buffer = lax.rem(it + 1, BUFFERS)
+                    pl.when(it - first > BUFFERS)(lambda: plgpu.barrier_wait(dq_free.at[buffer]))
+                    dq_smem[buffer, me] = dq
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(dq_bar.at[buffer])
+                    plgpu.barrier_arrive(ds_free.at[buffer])
 
                 def step(i, n, masked, carry):
                     dk, dv, it = carry
@@ -164,123 +212,145 @@ def grads(
                     p, ds = p.astype(dtype), ds.astype(dtype)
                     if interpret is None:
                         dk, dv, p, ds = lax.optimization_barrier((dk, dv, p, ds))
+                    # Before this one arrives, or it would count for the other warpgroup's.
+                    pl.when(it > first)(lambda: plgpu.barrier_wait(ds_bar))
+                    pl.when(it - first >= BUFFERS)(lambda: plgpu.barrier_wait(ds_free.at[buffer]))
                     ds_smem[buffer, me] = ds
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(ds_bar)
 
-                    def add_keys(dv_ref, dk_ref):
+                    def add(refs):
+                        queries(refs[0], it)
                         if interpret is None:
-                            plgpu.wgmma(dv_ref, p, do_smem.at[slot])
-                            plgpu.wgmma(dk_ref, ds, q_smem.at[slot])
+                            plgpu.wgmma(refs[1], p, do_smem.at[slot])
+                            plgpu.wgmma(refs[2], ds, q_smem.at[slot])
+                            dq = plgpu.wgmma_accumulator_load(refs[0], wait_n=2)
+                            pl.when(it > first)(lambda: give(dq, it))
                             return
                         p_smem[me] = p
                         plgpu.commit_smem()
-                        plgpu.wgmma(dv_ref, p_smem.at[me], do_smem.at[slot])
-                        plgpu.wgmma(dk_ref, ds_smem.at[buffer, me], q_smem.at[slot])
-
-                    def add_queries(dq_ref):
-                        for w in range(COMPUTE):
-                            left = ds_smem.at[buffer, w].transpose((1, 0))
-                            columns = pl.ds(me * half, half)
-                            keys = again_smem if again else k_smem
-                            right = keys.at[w + varying_zero(i), pl.ds(0, WIDTH), columns]
-                            plgpu.wgmma(dq_ref, left, right)
-
-                    def add(refs):
-                        add_keys(*refs[:2])
-                        plgpu.barrier_wait(ds_bar)
-                        add_queries(refs[2])
+                        plgpu.wgmma(refs[1], p_smem.at[me], do_smem.at[slot])
+                        plgpu.wgmma(refs[2], ds_smem.at[buffer, me], q_smem.at[slot])
 
                     # From zeros, not from nothing: else the compiler waits for each product.
-                    zero = _zeros((block_q, half), LAYOUT)
-                    dv, dk, dq = accumulated(add, (dv, dk, zero))
+                    dq, dv, dk = accumulated(add, (_zeros((block_q, half), LAYOUT), dv, dk))
+                    if interpret is not None:
+                        pl.when(it > first)(lambda: give(dq, it))
                     plgpu.barrier_arrive(free.at[slot])
-                    pl.when(it >= BUFFERS)(lambda: plgpu.barrier_wait(dq_free.at[buffer]))
-                    dq_smem[buffer, me] = dq
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(dq_bar.at[buffer])
                     return dk, dv, it + 1
 
+                def last(it):
+                    plgpu.barrier_wait(ds_bar)
+                    zero = _zeros((block_q, half), LAYOUT)
+                    (dq,) = accumulated(lambda refs: queries(refs[0], it), (zero,))
+                    give(dq, it)
+
+                def drain(given, it):
+                    for back in range(BUFFERS, 0, -1):
+                        buffer = lax.rem(it + BUFFERS - back, BUFFERS)
+                        pl.when(it - first >= back)(
+                            lambda buffer=buffer: plgpu.barrier_wait(given.at[buffer])
+                        )
+
                 carry = _zeros((WIDTH, H), LAYOUT), _zeros((WIDTH, V), LAYOUT), it
-                dk, dv, it = walk(item, step, carry)
-                # The other warpgroup reads these keys until it has its last tile of dq.
-                plgpu.barrier_arrive(ds_bar)
-                plgpu.barrier_wait(ds_bar)
-                k_smem[me] = (dk * plan.scale).astype(dtype)
-                v_smem[me] = dv.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(k_smem.at[me], results[0].at[at])
-                plgpu.copy_smem_to_gmem(v_smem.at[me], results[1].at[at])
-                return queue.late(None, pull, functools.partial(load_keys, me)), it
+                dk, dv, it = walk(here, step, carry)
+                pl.when(it > first)(lambda: last(it))
+                drain(ds_free, it)  # then the other warpgroup reads these keys no more
+                if parts == 1:
+                    k_smem[me] = (dk * plan.scale).astype(dtype)
+                    v_smem[me] = dv.astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(k_smem.at[me], results[0].at[at])
+                    plgpu.copy_smem_to_gmem(v_smem.at[me], results[1].at[at])
+                else:
+                    drain(dq_free, it)
+                    index = ((b * K + kv) * items.rows + row.index) * COMPUTE + me
+                    for x, out in ((dk, results[0]), (dv, results[1])):
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        for c in range(COMPUTE):
+                            dq_smem[c, me] = x[:, c * half : (c + 1) * half]
+                        plgpu.commit_smem()
+
+                        def send(add: bool, own=(), out=out):
+                            for c in range(COMPUTE):
+                                columns = out.at[(*own, *at)].at[:, pl.ds(c * half, half)]
+                                plgpu.copy_smem_to_gmem(
+                                    dq_smem.at[c, me], columns, reduction_op="add" if add else None
+                                )
+
+                        in_turn(key_counts, index, part, send, (part,))
+                    arrived(key_counts, index)
+                after = queue.late(None, pull, functools.partial(load_keys, me))
+                if parts == 1:
+                    drain(dq_free, it)
+                return after, it
 
             def copy(counts, item, start):
-                """Load tiles of queries, and send those of dq that are ready, two tiles later."""
-                b, kv, r = queue.place(item)
-                row = listed.index(b, kv * G, r)
+                """Load tiles of queries, and send those of dq: a warp for each of their buffers."""
+                b, _, _, _, row = here = place(item)
+                start = start + varying_zero(item)  # constants cannot be handed to warps
 
-                def send(buffer, target, first: bool):
-                    for w in range(COMPUTE):
-                        plgpu.copy_smem_to_gmem(
-                            dq_smem.at[buffer, w], target.at[:, pl.ds(w * half, half)],
-                            commit_group=w == COMPUTE - 1, reduction_op=None if first else "add",
-                        )
-
-                def arrived(index, it, under_way: int):
-                    plgpu.wait_smem_to_gmem(under_way)
-                    if counts is not None:
-                        plgpu.semaphore_signal(counts.at[index], memory_scope="gpu")
-                    plgpu.barrier_arrive(dq_free.at[lax.rem(it, BUFFERS)])
-
-                def add(index, before, it):
-                    """Send tile ``it`` when it is its turn; then the one before has arrived."""
-                    buffer, outer = lax.rem(it, BUFFERS), lax.div(index, tiles)
-                    plgpu.barrier_wait(dq_bar.at[buffer])
-                    rows = pl.ds((index - outer * tiles) * block_q, block_q)
-                    target = b, rows, outer - b * N
-                    if counts is None:
-                        send(buffer, dq_ref.at[row, *target], True)
-                    else:
-                        plgpu.semaphore_wait(
-                            counts.at[index], row, decrement=False, memory_scope="gpu"
-                        )
-                        pl.when(row == 0)(lambda: send(buffer, dq_ref.at[target], True))
-                        pl.when(row > 0)(lambda: send(buffer, dq_ref.at[target], False))
-                    pl.when(it > start)(lambda: arrived(before, it - 1, 1))
-
-                def step(i, n, _, carry):
-                    it, *last = carry
-                    slot, here = lax.rem(it, stages), pl.ds(i * block_q, block_q)
-                    pl.when(it >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                def load(i, n, _, it):
+                    slot, rows = lax.rem(it, stages), pl.ds(i * block_q, block_q)
+                    pl.when(it - start >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                     for source, target in (
-                        (q_ref.at[b, here, n], q_smem.at[slot]),
-                        (do_ref.at[b, here, n], do_smem.at[slot]),
-                        (lse_ref.at[b, n, here], row_smem.at[0, slot]),
-                        (delta_ref.at[b, n, here], row_smem.at[1, slot]),
+                        (q_ref.at[b, rows, n], q_smem.at[slot]),
+                        (do_ref.at[b, rows, n], do_smem.at[slot]),
+                        (lse_ref.at[b, n, rows], row_smem.at[0, slot]),
+                        (delta_ref.at[b, n, rows], row_smem.at[1, slot]),
                     ):
                         plgpu.copy_gmem_to_smem(source, target, q_bar.at[slot])
-                    pl.when(it - start >= BEHIND)(lambda: add(last[-2], last[-1], it - BEHIND))
-                    return it + 1, (b * N + n) * tiles + i, *last[:-1]
+                    return it + 1
 
-                none = [jnp.int32(0)] * (BEHIND + 1)
-                it, *last = walk(item, step, (start, *none))
-                for back in range(BEHIND, 0, -1):
-                    pl.when(it - start >= back)(
-                        lambda back=back: add(last[back - 1], last[back], it - back)
-                    )
-                pl.when(it > start)(lambda: arrived(last[0], it - 1, 0))
-                return it
+                def send_queries(buffer: int):
+                    def send_tile(i, n):
+                        index, at = (b * N + n) * tiles + i, (b, pl.ds(i * block_q, block_q), n)
+                        plgpu.barrier_wait(dq_bar.at[buffer])
 
+                        def send(add: bool, own=()):
+                            for w in range(COMPUTE):
+                                columns = dq_ref.at[(*own, *at)].at[:, pl.ds(w * half, half)]
+                                plgpu.copy_smem_to_gmem(
+                                    dq_smem.at[buffer, w], columns,
+                                    reduction_op="add" if add else None,
+                                )
+
+                        in_turn(counts, index, row.index, send, (row.index,))
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        plgpu.barrier_arrive(dq_free.at[buffer])
+                        arrived(counts, index)
+
+                    def step(i, n, _, it):
+                        pl.when(lax.rem(it, BUFFERS) == buffer)(lambda: send_tile(i, n))
+                        return it + 1
+
+                    walk(here, step, start)
+
+                def load_tiles():
+                    end = walk(here, load, start)
+                    for back in range(stages, 0, -1):
+                        slot = lax.rem(end + stages - back, stages)
+                        pl.when(end - start >= back)(
+                            lambda slot=slot: plgpu.barrier_wait(free.at[slot])
+                        )
+
+                @plgpu.warp_map
+                def _(warp):
+                    for buffer in range(BUFFERS):
+                        pl.when(warp == buffer)(functools.partial(send_queries, buffer))
+                    pl.when(warp == BUFFERS)(load_tiles)
+
+                return start + row.tiles * G
+
+            key_counts = counters(B * K * items.rows * COMPUTE) if parts > 1 else None
             for me in range(COMPUTE):
-                work = *(functools.partial(f, me) for f in (grad, load_keys)), config.registers
-                sent = ((dq_free, BUFFERS),)
-                pl.when(wg == me)(lambda work=work, sent=sent: queue.compute(*work, sent))
+                work = functools.partial(grad, me, key_counts), functools.partial(load_keys, me)
+                pl.when(wg == me)(lambda work=work: queue.compute(*work, config.registers))
 
             @pl.when(wg == COMPUTE)
             def _copy():
-                counts = None
-                if interpret is None:
-                    counts = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * tiles,)))
-                queue.copy(functools.partial(copy, counts), ((free, stages),), registers=24)
+                counts = counters(B * N * tiles)
+                queue.copy(functools.partial(copy, counts), (), registers=24)
 
         pl.run_scoped(
             scoped,
@@ -300,6 +370,7 @@ def grads(
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=BUFFERS),
+            plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=BUFFERS),
             plgpu.Barrier(num_barriers=BUFFERS),
             *gpu_work.spaces(blocks < items.count, COMPUTE),
             collective_axes="wg",
@@ -314,4 +385,11 @@ def grads(
     if interpret is not None:
         seen = lists.kinds(tiles)[0, 0].repeat(block_q, 1) > 0
         dq = jnp.where(seen[:, None, :, None, None], dq, 0).sum(0)
-    return (dq[:, :T] * plan.scale).astype(dtype), dk, dv
+        dk, dv = (dk, dv) if parts == 1 else (dk.sum(0), dv.sum(0))
+    dk = dk if parts == 1 else dk * plan.scale
+    return (dq[:, :T] * plan.scale).astype(dtype), dk.astype(dtype), dv.astype(dtype)
+
+
+def parted(heads: int, G: int, least: int) -> int:
+    """Among how many blocks the ``G`` query heads of a group are parted, for ``least`` heads."""
+    return next((n for n in range(1, G + 1) if G % n == 0 and heads * n >= least), G)

@@ -75,12 +75,17 @@ class Runs:
 
         return lax.fori_loop(0, self.number, run, (self.first, self.count, carry))[-1]
 
-    def visit_back(self, step, carry):
-        """The same from the last tile to the first."""
+    def visit_back(self, step, carry, times: int = 1):
+        """``carry = step(e, tile, carry)`` from the last tile to the first, ``times`` a tile."""
 
         def run(e, carry):
             first, count = self.at(self.start + self.number - 1 - e)
-            return lax.fori_loop(0, count, lambda i, c: step(first + count - 1 - i, c), carry)
+
+            def visit(i, carry):
+                back = lax.div(i, times)
+                return step(i - back * times, first + count - 1 - back, carry)
+
+            return lax.fori_loop(0, count * times, visit, carry)
 
         return lax.fori_loop(0, self.number, run, carry)
 
