@@ -71,7 +71,7 @@ def jobs(
             usual = space.default(key)
             first.append((case, way, {}))
             tried = [
-                {n: x for n, x in blocks.items() if x != usual[n]}
+                {n: x for n, x in blocks.items() if x != usual[n] or n.startswith("fused")}
                 for blocks in space.candidates(key)
             ]
             tried += [{n: x for n, x in sizes.items() if n in usual} for sizes in more]

@@ -109,6 +109,38 @@ def test_fused_serves_plain_calls():
             _ = sizes(128, 128, layout="packed").backward
 
 
+MANY = dict(N=8, K=2)
+
+
+def test_many_heads_have_one_backward_kernel():
+    fused = (Fused(64, 128, 2),) * 2
+    for H, V, more in ((128, 128, {}), (64, 64, {}), (100, 128, dict(mask=Full()))):
+        assert sizes(H, V, **MANY, **more).backward == fused
+        assert sizes(H, V, N=4, **more).backward != fused, "of too few heads"
+        two_rows = jax.ShapeDtypeStruct((2, T, 4, H), jnp.bfloat16)
+        v = jax.ShapeDtypeStruct((2, T, 2, V), jnp.bfloat16)
+        mask = more.get("mask", Causal())
+        found = gpu_sizes.Sizes.of(two_rows, v, mask, "full", None, False)
+        assert found.backward == fused
+    for H, V, more in (
+        (128, 64, {}), (192, 192, {}), (128, 128, dict(mask=WINDOW)), (128, 128, PACKED),
+        (128, 128, dict(score=slope)), (128, 128, dict(dense=True)),
+    ):
+        assert not isinstance(sizes(H, V, **MANY, **more).backward[0], Fused)
+
+
+def test_forcing_sizes_of_dq_asks_for_its_kernel():
+    with tuning.forcing({"stages_dq": 2}):
+        assert sizes(128, 128, **MANY).backward == (Narrow(128, 64, 2, turns=False), TURNS)
+    with tuning.forcing({"fused_dkv": 0}):
+        assert sizes(128, 128, **MANY).backward == (SMALL, TURNS)
+    with (
+        tuning.forcing({"turns_dkv": 1}),
+        pytest.raises(ConfigError, match="turns_dkv = 1: the kernel of fused_dkv has no"),
+    ):
+        _ = sizes(128, 128, **MANY).backward
+
+
 def test_above_256_nothing_is_chosen():
     found = sizes(576, 512), sizes(576, 512, prefix=True)
     assert [x.forward for x in found] == [
@@ -254,7 +286,7 @@ def chosen(found):
 
 def test_tuned_rows_serve_plain_calls(rows):
     rows(row("forward"), row("backward"))
-    assert chosen(sizes(128, 128)) == TUNED
+    assert chosen(sizes(128, 128)) == chosen(sizes(128, 128, N=8, K=8)) == TUNED
     assert chosen(sizes(100, 128, T=500)) == TUNED, "the kernel of 128 serves 100; 512 is near 256"
     others = [
         sizes(128, 128, score=slope), sizes(128, 128, dense=True),

@@ -14,9 +14,9 @@ alone; these have begun earlier, since blocks take rows in order from a counter 
 are ahead of it. Where the rows of a head are ordered by length, that is their order: served are
 causal and full masks, whose row r visits the queries from some tile on, all heads the same.
 
-Rows of one head that run at a time wait for each other, so there should be few: items of ``HEADS``
-heads are done together. With fewer key/value heads than that, the query heads of a group are parted
-among blocks, and dk and dv are summed like dq, in the order of the parts.
+Rows of one head that run at a time wait for each other, so there should be few: items of many
+heads are done together. With few key/value heads the query heads of a group are parted among
+blocks, and dk and dv are summed like dq, in the order of the parts.
 """
 
 # Pallas references, layouts and kernels have no types that a checker can follow.
@@ -43,7 +43,7 @@ from attnlab.ops.attention.gpu_plan import Plan
 from attnlab.ops.attention.gpu_tiles import LAYOUT, LOG2E, WIDTH, Tile, varying_zero
 
 BUFFERS = 2  # of ds, and of tiles of dq on their way
-HEADS = 16  # whose rows are done together: 8 rows of each on 132 multiprocessors
+HEADS, SECTION = 16, 32  # heads whose rows are done together: at least, and where there are more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Config:
     """Sizes of the kernel; see ``gpu_forward.Config``.
 
     Args:
-        section: heads whose rows are done together; 0: ``HEADS``, or a few more that divide all.
+        section: heads whose rows are done together, at least; 0: see ``HEADS``.
     """
 
     block_q: int
@@ -71,13 +71,13 @@ def grads(
     B, T, N, H = q.shape
     K, V = v.shape[2:]
     dtype, block_q, stages = q.dtype, config.block_q, config.stages
-    least = config.section or HEADS
-    parts = parted(B * K, N // K, least)
+    parts = parted(B * K, N // K, config.section or HEADS)
     G = N // K // parts  # heads of a block
     tiles, half = -(-T // block_q), H // COMPUTE
     names = [name for name, _ in plan.names]
     count = B * K * parts
-    section = next(n for n in range(min(least, count), count + 1) if count % n == 0)
+    least = min(config.section or SECTION, count)
+    section = next(n for n in range(least, count + 1) if count % n == 0)
     items = order.Items(B, K * parts, lists.rows, section)
     blocks = gpu_work.blocks(items.count, 1)
     inputs = [q, k, v, do, lse, delta, *gpu_work.given(lists), *operands]

@@ -13,6 +13,10 @@ Besides (``persistent``: see ``gpu_work``)
 | ``wide_dkv`` | ``gpu_backward`` | 1: ``gpu_backward_wide_kv`` |
 | ``fused_dkv`` | dq has a kernel of its own | 1: ``gpu_backward_fused``; sizes of dq mean nothing |
 
+The heuristic takes ``gpu_backward_fused`` where it serves and there are heads enough; a key does
+not tell how many there are, so candidates start from the kernels that serve all. Forcing a size of
+dq, or ``fused_dkv = 0``, is asking for these.
+
 Heads above 256 have no choice: ``gpu_widths``.
 """
 
@@ -41,6 +45,7 @@ LACKS = {  # what these kernels do not have
     "wide": ("turns_dkv", "persistent_dkv"), "fused": ("turns_dkv", "persistent_dkv", "wide_dkv"),
 }
 ENDS = {"forward": ("",), "backward": ("_dq", "_dkv")}
+FEWEST = 8  # heads of all rows of the batch for one fused kernel: their rows wait for each other
 ROWS = 128  # of the side that a block owns: two warpgroups of 64
 KB = 1024
 SHARED_KB = 226  # 227 a block, and barriers take less than one
@@ -52,11 +57,13 @@ class Sizes:
     """The sizes of a call, each chosen once. The block lists of a plan ask here as kernels do.
 
     Args:
-        key: of the forward. score: the modified score split (``core.staging``), or None. dense:
-            whether score or mask has a value by query and key. value_is_prefix: see ``gpu_wide``.
+        key: of the forward. heads: of all rows of the batch. score: the modified score split
+            (``core.staging``), or None. dense: whether score or mask has a value by query and key.
+            value_is_prefix: see ``gpu_wide``.
     """
 
     key: tuning.Key
+    heads: int
     score: Body | None
     dense: bool
     value_is_prefix: bool = False
@@ -71,11 +78,11 @@ class Sizes:
         Tuned rows are of calls whose positions are the places in the array. Others (packed
         documents, rows, parts of a ring) read them beside every tile: their class is ``other``.
         """
-        (T, N, H), (S, K, V) = q.shape[1:], v.shape[1:]
+        (B, T, N, H), (S, K, V) = q.shape, v.shape[1:]
         kind = tuning.mask_class(mask) if layout == "full" else "other"
         H, V = whole_widths(H, V)
         key = tuning.Key("gpu", "forward", H, V, N // K, q.dtype.name, T, S, kind)
-        return Sizes(key, score, dense, value_is_prefix)
+        return Sizes(key, B * N, score, dense, value_is_prefix)
 
     @functools.cached_property
     def forward(self) -> Any:
@@ -115,11 +122,15 @@ class Sizes:
         return configs[0], configs[1]
 
     def _blocks(self, direction: tuning.Direction) -> tuning.Blocks:
-        key, usual = dataclasses.replace(self.key, direction=direction), None
+        key = dataclasses.replace(self.key, direction=direction)
         if self.score is not None or self.dense:
             # Tuned rows are of plain calls, and a key does not tell these from them.
             usual = heuristic(key, self.score, self.dense)
-        return tuning.choose(key, usual=usual).blocks
+            return tuning.choose(key, usual=usual).blocks
+        default = heuristic(key)
+        if direction == "backward" and self.heads >= FEWEST and _wants_fused(tuning.forced()):
+            default |= _fused(key) or {}
+        return tuning.choose(key, default=default).blocks
 
 
 def whole_widths(H: int, V: int) -> tuple[int, int]:
@@ -198,6 +209,17 @@ def _backward(H: int, V: int, light: bool, plain: bool, score: Body | None) -> t
     return dq(128, 2) | dkv(64, 3)
 
 
+def _wants_fused(forced: tuning.Blocks) -> bool:
+    return bool(forced.get("fused_dkv", 1)) and not any(n.endswith("_dq") for n in forced)
+
+
+def _fused(key: tuning.Key) -> tuning.Blocks | None:
+    """The sizes of the kernel that has dq, dk and dv, where it serves."""
+    H, V = whole_widths(key.H, key.V)
+    serves = H == V <= 128 and key.mask in ("full", "causal")
+    return _named("_dkv", 64, ROWS, 2, fused=1) if serves else None
+
+
 def only_wide(H: int, V: int) -> bool:
     """Whether the kernels of narrow heads were not made for these widths."""
     return H > 192 or V > 128
@@ -233,8 +255,8 @@ def _candidates(key: tuning.Key) -> list[tuning.Blocks]:
             sizes = _named(end, *rows, stages, **dict(zip(("turns", "wide"), rest)))
             found.append(usual | sizes)
         found += [usual | {f"persistent{end}": p} for p in (0, 1, 2)]
-        stages = 3 if key.H <= 64 else 2
-        found += [usual | _named(end, 64, ROWS, stages, fused=1)] if end == "_dkv" else []
+        fused = _fused(key) if end == "_dkv" else None
+        found += [usual | fused] if fused else []
     return [
         blocks for i, blocks in enumerate(found)
         if blocks not in found[:i] and _refuses(key, blocks) is None

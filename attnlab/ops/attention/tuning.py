@@ -161,6 +161,11 @@ def forcing(blocks: Blocks) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced() -> Blocks:
+    """What ``forcing`` asks for here, nothing outside of it."""
+    return dict(_forced.get() or {})
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """Block sizes and where they come from: ``forced``, ``default``, or the tuned row's basis."""
@@ -185,25 +190,32 @@ def recording() -> Iterator[list[Choice]]:
         _record.reset(token)
 
 
-def choose(key: Key, device: Device | None = None, *, usual: Blocks | None = None) -> Choice:
+def choose(
+    key: Key, device: Device | None = None, *, usual: Blocks | None = None,
+    default: Blocks | None = None,
+) -> Choice:
     """The block sizes of a call: forced, else the nearest tuned row that fits, else the heuristic.
 
     Args:
         usual: the sizes of a call that is more than its key tells, in place of tuned rows and of
-            the heuristic.
+            the heuristic. default: in place of the heuristic only.
 
     Raises:
         ConfigError: forced sizes are unknown to the implementation or do not fit the call.
     """
-    choice = _choose(key, space(key.implementation), device or Device.default(), usual)
+    mine = space(key.implementation)
+    if usual is None:
+        choice = _tuned(key, mine, device or Device.default(), default)
+    else:
+        choice = Choice(dict(usual), "default")
+    choice = _with_forced(choice, key, mine)
     record = _record.get()
     if record is not None:
         record.append(choice)
     return choice
 
 
-def _choose(key: Key, mine: Space, device: Device, usual: Blocks | None) -> Choice:
-    choice = _tuned(key, mine, device) if usual is None else Choice(dict(usual), "default")
+def _with_forced(choice: Choice, key: Key, mine: Space) -> Choice:
     forced = _forced.get()
     if forced is None:
         return choice
@@ -224,7 +236,7 @@ def _choose(key: Key, mine: Space, device: Device, usual: Blocks | None) -> Choi
     return Choice(blocks, "forced" if changed else choice.source)
 
 
-def _tuned(key: Key, mine: Space, device: Device) -> Choice:
+def _tuned(key: Key, mine: Space, device: Device, default: Blocks | None) -> Choice:
     bucket = key.bucket()
     found = []
     for row in table(device.kind):
@@ -235,7 +247,7 @@ def _tuned(key: Key, mine: Space, device: Device) -> Choice:
         if distance <= REACH and mine.refuses(key, row["blocks"]) is None:
             found.append((distance, row))
     if not found:
-        return Choice(mine.default(key), "default")
+        return Choice(dict(default or mine.default(key)), "default")
     row = min(found, key=lambda pair: pair[0])[1]
     return Choice(dict(row["blocks"]), f"tuned ({row['basis']} {row['date']})")
 
