@@ -4,13 +4,14 @@ Backward, where nothing else is chosen:
 
 | max(H, V) | forward | dq | dk, dv |
 |---|---|---|---|
+| 64 or 128, causal or full | ``gpu_forward`` | ``gpu_backward_fused`` | the same |
 | up to 128 | ``gpu_forward`` | ``gpu_backward`` | ``gpu_backward`` |
 | 192 / 128 | ``gpu_forward`` | ``gpu_backward`` | ``gpu_backward_wide_kv`` |
 | up to 256 | ``gpu_forward`` | ``gpu_backward_wide`` | ``gpu_backward_wide_kv`` |
 | up to 576 / 512 | ``gpu_wide`` | none | none |
 
 The kernel follows from the type of its sizes, which ``gpu_sizes`` chooses up to 256: tuned or
-forced ones may take the other kernel of dq or of dk, dv, or ``gpu_backward_fused`` for all three.
+forced ones may take the other kernel of dq or of dk, dv. The fused one needs H = V and heads enough.
 """
 
 # Pallas references, layouts and kernels have no types that a checker can follow.
