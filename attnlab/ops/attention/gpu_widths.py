@@ -11,7 +11,8 @@ Backward, where nothing else is chosen:
 | up to 576 / 512 | ``gpu_wide`` | none | none |
 
 The kernel follows from the type of its sizes, which ``gpu_sizes`` chooses up to 256: tuned or
-forced ones may take the other kernel of dq or of dk, dv. The fused one needs H = V and heads enough.
+forced ones may take the other kernel of dq or of dk, dv. The fused one needs H = V, and heads
+enough.
 """
 
 # Pallas references, layouts and kernels have no types that a checker can follow.
