@@ -21,6 +21,7 @@ from attnlab.core.dispatch import Device
 from attnlab.core.errors import ConfigError
 from attnlab.core.registry import VARIANTS, build_config, name_of
 from attnlab.core.types import Precision
+from attnlab.tasks import TASKS
 from attnlab.train import recipe as recipes
 
 NAMES = list(VARIANTS)
@@ -263,7 +264,7 @@ def test_swapping_does_not_lose_the_mask():
 def test_list_names_everything(capsys):
     code, out, _ = run(capsys, "list")
     assert code == 0
-    for word in (*NAMES, *recipes.RECIPES, "Ainslie", "xla"):
+    for word in (*NAMES, *recipes.RECIPES, *TASKS, "Ainslie", "xla"):
         assert word in out
     assert max(map(len, out.splitlines())) <= printing.PLAIN_WIDTH and "…" not in out
 
@@ -275,6 +276,7 @@ def test_list_json(capsys):
     gqa = found["variants"][NAMES.index("gqa")]
     assert gqa["cache_bytes_per_token_bf16"] == 2 * 4 * (128 + 128)
     assert gqa["implementations"]["cpu"] == ["xla"]
+    assert [row["name"] for row in found["tasks"]] == list(TASKS)
 
 
 @pytest.mark.parametrize("name", NAMES)

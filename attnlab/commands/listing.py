@@ -23,7 +23,9 @@ def run(args: Args) -> int:
         return 0
     rows = listing.rows()
     if args.json:
-        everything = {"variants": rows, "recipes": _recipes(), "presets": _presets()}
+        everything = {
+            "variants": rows, "recipes": _recipes(), "presets": _presets(), "tasks": _tasks()
+        }
         print(json.dumps(everything, indent=1))
         return 0
     table(
@@ -44,10 +46,17 @@ def run(args: Args) -> int:
         ("preset", "parameters", "attention", "layers", "dim"),
         [tuple(_shown(value) for value in r.values()) for r in _presets()],
     )
+    print()
+    table(
+        ("task", "tokens", "vocabulary", "chance", "what it shows"),
+        [tuple(_shown(value) for value in r.values()) for r in _tasks()],
+    )
     return 0
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -64,6 +73,16 @@ def _recipes() -> list[dict[str, Any]]:
         {"name": name, "parameters": r.model.param_count(), "attention": _attention(r.model),
          "steps": r.train.steps, "batch": r.train.batch, "seq_len": r.train.seq_len}
         for name, r in ((name, make()) for name, make in RECIPES.items())
+    ]
+
+
+def _tasks() -> list[dict[str, Any]]:
+    from attnlab import tasks
+
+    return [
+        {"name": name, "tokens": task.seq_len, "vocabulary": task.vocab_size,
+         "chance": task.chance, "shows": row.shows}
+        for name, row, task in ((name, row, tasks.get(name)) for name, row in tasks.TASKS.items())
     ]
 
 
