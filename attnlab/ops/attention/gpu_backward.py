@@ -332,7 +332,7 @@ def grad_q(
             collective_axes="wg",
         )
 
-    return _launch(kernel, outs, blocks, inputs, interpret)
+    return _launch(kernel, outs, blocks, blocks < items.count, inputs, interpret)
 
 
 def grad_kv(
@@ -505,12 +505,13 @@ def grad_kv(
             collective_axes="wg",
         )
 
-    return _launch(kernel, outs, blocks, inputs, interpret)
+    return _launch(kernel, outs, blocks, blocks < items.count, inputs, interpret)
 
 
-def _launch(kernel, outs, blocks: int, inputs, interpret):
+def _launch(kernel, outs, blocks: int, counts: bool, inputs, interpret):
     keywords = {} if interpret is None else {"interpret": interpret}
-    return plgpu.kernel(
+    call = plgpu.kernel(
         kernel, out_type=outs, grid=(blocks,), grid_names=("tile",), num_threads=COMPUTE + 1,
         thread_name="wg", compiler_params=plgpu.CompilerParams(approx_math=True), **keywords,
-    )(*inputs)
+    )
+    return gpu_work.launched(call, counts)(*inputs)

@@ -103,7 +103,7 @@ def grads(
         def scoped(k_smem, v_smem, again_smem, q_smem, do_smem, row_smem, ds_smem, dq_smem, p_smem,
                    kv_bar, q_bar, free, ds_bar, ds_free, dq_bar, dq_free, *box):
             wg = lax.axis_index("wg")
-            queue = gpu_work.Queue(items, blocks, 1, *box, interpret)
+            queue = gpu_work.Queue(items, blocks, 1, *box, interpret, in_order=True)
 
             def counters(n: int) -> Any:
                 """Semaphores that start at 0; the interpreter has none."""
@@ -162,7 +162,6 @@ def grads(
 
             def grad(me: int, key_counts, _, item, pull, it):
                 b, kv, _, part, row = here = place(item)
-                it = it + varying_zero(item)  # nor to the products
                 k0, first = row.index * config.block_k + me * WIDTH, it
                 at = (b, pl.ds(k0, WIDTH), kv)
                 plgpu.barrier_wait(kv_bar)
@@ -289,7 +288,6 @@ def grads(
                 """Load tiles of queries, and send those of dq: a warp for each of their buffers."""
                 here = place(item)
                 b, row = here[0], here[-1]
-                start = start + varying_zero(item)  # constants cannot be handed to warps
 
                 def load(i, n, _, it):
                     slot, rows = lax.rem(it, stages), pl.ds(i * block_q, block_q)
@@ -373,16 +371,17 @@ def grads(
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=BUFFERS),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=BUFFERS),
             plgpu.Barrier(num_barriers=BUFFERS),
-            *gpu_work.spaces(blocks < items.count, COMPUTE),
+            *gpu_work.spaces(True, COMPUTE),
             collective_axes="wg",
         )
 
     keywords = {} if interpret is None else {"interpret": interpret}
-    dq, dk, dv = plgpu.kernel(
+    call = plgpu.kernel(
         kernel, out_type=outs, grid=(blocks,), grid_names=("tile",), num_threads=COMPUTE + 1,
         thread_name="wg", **keywords,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    )(*inputs)
+    )
+    dq, dk, dv = gpu_work.launched(call, True)(*inputs)
     if interpret is not None:
         seen = lists.kinds(tiles)[0, 0].repeat(block_q, 1) > 0
         dq = jnp.where(seen[:, None, :, None, None], dq, 0).sum(0)

@@ -237,20 +237,24 @@ def grad_q(
             collective_axes="wg",
         )
 
-    return launch(kernel, outs, (blocks,), inputs, interpret)
+    return launch(kernel, outs, (blocks,), inputs, interpret, counts=blocks < items.count)
 
 
-def launch(kernel, outs, grid, inputs, interpret, cluster: bool = False):
+def launch(
+    kernel, outs, grid, inputs, interpret, cluster: bool = False, counts: bool = False
+):
     """Run ``kernel`` on blocks of three warpgroups, ``grid = (tiles,)`` or ``(tiles, 2)``: the
     last axis, ``half``, is a cluster if asked for (not in the interpreter). Sums along a row of a
-    tile stay inside four threads: no scratch is reserved for them."""
+    tile stay inside four threads: no scratch is reserved for them. counts: ``gpu_work.launched``.
+    """
     keywords: dict[str, Any] = {} if interpret is None else {"interpret": interpret}
     names = ("tile", "half")[: len(grid)]
     if cluster and interpret is None:
         keywords |= dict(cluster=grid[1:], cluster_names=names[1:])
         grid, names = grid[:1], names[:1]
-    return plgpu.kernel(
+    call = plgpu.kernel(
         kernel, out_type=outs, grid=grid, grid_names=names, num_threads=COMPUTE + 1,
         thread_name="wg", **keywords,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    )(*inputs)
+    )
+    return gpu_work.launched(call, counts)(*inputs)

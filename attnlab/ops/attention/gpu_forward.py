@@ -290,7 +290,7 @@ def forward(
         )
 
     keywords = {} if interpret is None else {"interpret": interpret}
-    return plgpu.kernel(
+    call = plgpu.kernel(
         kernel,
         out_type=outs,
         grid=(blocks,),
@@ -299,4 +299,5 @@ def forward(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **keywords,
-    )(*inputs)
+    )
+    return gpu_work.launched(call, blocks < items.count)(*inputs)

@@ -5,6 +5,9 @@ An item is a row of tiles of one head (``order``). A kernel runs one block an it
 into the next item, and neither a start of a block nor the first loads are waited for. A block takes
 the next item when it is free for it; with ``persistent = 2`` it has room to load what that one owns
 beside what this one does. Who does an item does not change its result.
+
+Where items wait for others, blocks take the first one from the counter too (``in_order``): an item
+is begun when all before it are, however many blocks run at a time.
 """
 
 # Pallas references, layouts and kernels have no types that a checker can follow.
@@ -14,8 +17,11 @@ beside what this one does. Who does an item does not change its result.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -42,6 +48,15 @@ GIVEN = 5  # how many they are
 def blocks(items: int, persistent: int) -> int:
     """How many blocks do the items: one a multiprocessor if persistent, else one an item."""
     return min(items, cores(Device.default().kind)) if persistent else items
+
+
+def launched(kernel: Callable[..., Any], counts: bool) -> Callable[..., Any]:
+    """A kernel to be called; ``counts``: it counts in device memory.
+
+    vmap gives a kernel one more axis of blocks, but no counters of its own to each of its rows.
+    One that has any is run for them one after the other.
+    """
+    return jax.custom_batching.sequential_vmap(kernel) if counts else kernel
 
 
 def buffers(items: Items, blocks: int, persistent: int) -> int:
@@ -139,7 +154,7 @@ class Queue:
     Args:
         buffers: 2 where there is room to load what the next item owns beside this one's, else 1.
         box: int32 ``[SLOTS]`` in shared memory, from the copying warpgroup to those that compute.
-            ready, taken: barriers of its slots. interpret: see ``gpu_attend``.
+            ready, taken: barriers of its slots. interpret: see ``gpu_attend``. in_order: see above.
     """
 
     items: Items
@@ -149,10 +164,11 @@ class Queue:
     ready: Any
     taken: Any
     interpret: Any
+    in_order: bool = False
 
     @property
     def persistent(self) -> bool:
-        return self.blocks < self.items.count
+        return self.in_order or self.blocks < self.items.count
 
     def place(self, item):
         """See ``Items.place``."""
@@ -168,8 +184,12 @@ class Queue:
         """
         if self.interpret is None:
             plgpu.set_max_registers(registers, action="increase")
-        first = lax.axis_index("tile")
-        load(first, 0)
+        if self.in_order:
+            first = self._pull(jnp.int32(0))
+            pl.when(first < self.items.count)(lambda: load(first, 0))
+        else:
+            first = lax.axis_index("tile")
+            load(first, 0)
         it = self._compute(work, first)
         for free, slots in rings:
             drain(free, it, slots)
@@ -198,17 +218,18 @@ class Queue:
 
         def one(state):
             turn, item, it = state
-            slot = lax.rem(turn, SLOTS)
-
-            def pull():
-                plgpu.barrier_wait(self.ready.at[slot])
-                after = self.box[slot]
-                plgpu.barrier_arrive(self.taken.at[slot])
-                return after
-
-            return turn + 1, *work(lax.rem(turn, self.buffers), item, pull, it)
+            buffer = lax.rem(turn, self.buffers)
+            return turn + 1, *work(buffer, item, functools.partial(self._pull, turn), it)
 
         return self._loop(one, first)[-1]
+
+    def _pull(self, turn):
+        """The item that the copying warpgroup has learned of in that turn."""
+        slot = lax.rem(turn, SLOTS)
+        plgpu.barrier_wait(self.ready.at[slot])
+        after = self.box[slot]
+        plgpu.barrier_arrive(self.taken.at[slot])
+        return after
 
     def copy(self, load, rings, registers: int):
         """The part of the warpgroup that copies: ``it = load(item, it)`` for each item.
@@ -228,25 +249,36 @@ class Queue:
         if self.interpret is None:
             counter = pl.get_global(plgpu.SemaphoreType.REGULAR)
 
-        def one(state):
-            turn, item, it = state
+        def announce(turn, item):
+            """Take the item after this one."""
             slot = lax.rem(turn, SLOTS)
             pl.when(turn >= SLOTS)(lambda: plgpu.barrier_wait(self.taken.at[slot]))
             if counter is None:
                 self.box[slot] = item + self.blocks
             else:
-                _take(counter, self.blocks, self.box.at[slot])
+                _take(counter, 0 if self.in_order else self.blocks, self.box.at[slot])
             plgpu.barrier_arrive(self.ready.at[slot])
-            it = load(item, it)
-            plgpu.barrier_wait(self.ready.at[slot])
-            return turn + 1, self.box[slot], it
 
+        def learned(turn):
+            slot = lax.rem(turn, SLOTS)
+            plgpu.barrier_wait(self.ready.at[slot])
+            return self.box[slot]
+
+        def one(state):
+            turn, item, it = state
+            announce(turn, item)
+            it = load(item, it)
+            return turn + 1, learned(turn), it
+
+        if self.in_order:
+            announce(jnp.int32(0), first - self.blocks)
+            first = learned(jnp.int32(0))
         turn, _, it = self._loop(one, first)
         drain(self.taken, turn, SLOTS)
         return it
 
     def _loop(self, one, first):
-        start = jnp.int32(0), first, jnp.int32(0)
+        start = jnp.int32(self.in_order), first, jnp.int32(0)
         return lax.while_loop(lambda state: state[1] < self.items.count, one, start)
 
 
