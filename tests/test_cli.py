@@ -107,6 +107,7 @@ def test_version(capsys):
         ("bench attention --shape ci", ("--shape", "needs --target", "leave it out")),
         ("bench attention --target v5e --case t5", ("--case", "measures", "leave it out")),
         ("bench attention --target v9", ("target = 'v9'", "unknown", "v5p, v6e, v7x, h200")),
+        ("bench attention --target v5e --all-targets", ("asks for one and for all", "drop one")),
         ("bench nothing", ("'nothing'", "invalid choice", "--help")),
         ("bench train --seq-len 0", ("seq_len = 0", "at least 2", "use 2 or more")),
         ("bench train --case t5", ("--case", "not a flag of attnlab bench")),

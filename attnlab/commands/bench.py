@@ -43,6 +43,8 @@ def run(args: Args) -> int:
     compiled = {"--shape": args.shape, "--blocks": args.blocks, "--golden": args.golden,
                 "--backward": args.backward or None}
     target = args.target or args.all_targets
+    if args.target and args.all_targets:
+        raise ConfigError("--target with --all-targets", "asks for one and for all", "drop one")
     for flag, value in (measured if target else compiled).items():
         if value is not None:
             rule = "measures, and nothing is measured with --target" if target else "needs --target"

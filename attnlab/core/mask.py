@@ -84,13 +84,20 @@ class Pair:
 
 
 class Mask:
-    """Base of all masks. ``a & b``: both allow it; ``a | b``: one of them does."""
+    """Base of all masks. ``a & b``: both allow it; ``a | b``: one of them does. Functions of a pair
+    compose with masks too."""
 
-    def __and__(self, other: Mask) -> Mask:
-        return And(self, other)
+    def __and__(self, other: Mask | Callable[..., Any]) -> Mask:
+        return And(self, masked(other))
 
-    def __or__(self, other: Mask) -> Mask:
-        return Or(self, other)
+    def __rand__(self, other: Callable[..., Any]) -> Mask:
+        return And(masked(other), self)
+
+    def __or__(self, other: Mask | Callable[..., Any]) -> Mask:
+        return Or(self, masked(other))
+
+    def __ror__(self, other: Callable[..., Any]) -> Mask:
+        return Or(masked(other), self)
 
     def sees(self, pair: Pair) -> Any:
         """Whether the query of each pair sees its key."""
@@ -458,6 +465,19 @@ class MaskMod(Mask):
 
     def specs(self, batch, heads):
         return MaskMod(self.mod.specs(P, batch, heads))
+
+
+def masked(mask: Any) -> Mask:
+    """A mask, or the mask of a function of a pair; ConfigError for anything else."""
+    if isinstance(mask, Mask):
+        return mask
+    if not callable(mask):
+        raise ConfigError(
+            f"mask is a {type(mask).__name__}", "must be a mask or a function of a pair",
+            "compose Causal(), Window(...), ... with & and |, or use "
+            "lambda head, q_pos, k_pos: array[q_pos, k_pos]",
+        )
+    return MaskMod.of(mask)
 
 
 def conjuncts(mask: Mask) -> list[Mask]:

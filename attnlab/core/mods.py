@@ -197,7 +197,7 @@ class Mod:
         for axis in reversed(present):
             here = [0 if axis in axes[name] else None for name in used]
             function = jax.vmap(function, in_axes=tuple(here))
-        out = function(*(sides[name][0] for name in used)) if used else pair()
+        out = jnp.asarray(function(*(sides[name][0] for name in used)) if used else pair())
         return out.reshape([out.shape[present.index(a)] if a in present else 1 for a in "bnts"])
 
     def specs(self, P: Any, batch: tuple[str, ...], heads: tuple[str, ...]) -> Mod:

@@ -19,6 +19,7 @@ from attnlab.core.mask import (
     Causal,
     Coords,
     Full,
+    MaskMod,
     Prefix,
     Segments,
     SinkTokens,
@@ -151,6 +152,23 @@ def _ints(*shape):
     return jnp.zeros(shape, jnp.int32)
 
 
+def test_functions_of_a_pair_compose_with_masks():
+    """From either side; one that returns a Python truth value is a mask like any other."""
+    q, k, v = _qkv()
+    even = lambda head, q_pos, k_pos: k_pos % 2 == 0  # noqa: E731
+    expected = attention(q, k, v, mask=Causal() & MaskMod.of(even))
+    for mask in (Causal() & even, even & Causal()):
+        assert (attention(q, k, v, mask=mask) == expected).all()
+    either = attention(q, k, v, mask=Causal() | MaskMod.of(even))
+    for mask in (Causal() | even, even | Causal()):
+        assert (attention(q, k, v, mask=mask) == either).all()
+    for impl in ("reference", "xla"):
+        found = attention(q, k, v, mask=lambda head, q_pos, k_pos: True, impl=impl)
+        assert (found == attention(q, k, v, mask=Full(), impl=impl)).all()
+    with pytest.raises(ConfigError, match="mask is a NoneType: must be a mask or a function"):
+        _ = Causal() | None
+
+
 def test_impl_by_name():
     with pytest.raises(ImplementationError, match=re.escape("cudnn: runs on NVIDIA GPUs, not on")):
         attention(*_qkv(), impl="cudnn")
@@ -186,7 +204,15 @@ def test_impl_by_name():
         (_qkv(), {"sink_logits": jnp.zeros(3)}, ShapeError, r"sink_logits has shape \(3,\): must"),
         (_qkv(), {"logit_cap": 0.0}, ConfigError, "logit_cap = 0.0: must be positive"),
         (_qkv(), {"scale": jnp.ones(())}, ConfigError, "scale is an array: must be a Python"),
+        (_qkv(), {"scale": float("nan")}, ConfigError, "scale = nan: must be a finite number"),
+        (_qkv(), {"scale": "x"}, ConfigError, "scale = 'x': must be a finite number"),
+        (_qkv(), {"logit_cap": "a"}, ConfigError, "logit_cap = 'a': must be positive"),
         (_qkv(), {"sink_tokens": -1}, ConfigError, "sink_tokens = -1: is a count"),
+        (_qkv(), {"sink_tokens": 1.5}, ConfigError, "sink_tokens = 1.5: must be an integer"),
+        ([[[1.0]], *_qkv()[1:]], {}, DtypeError, "q is a list: must be an array"),
+        (_qkv(N=0), {}, ShapeError, "heads and width above 0"),
+        (_qkv(), {"positions": [0, 1]}, ShapeError, "query positions is no array"),
+        (_qkv(), {"positions": (_ints(2, 4),) * 3}, ShapeError, "query positions is no array"),
         (_qkv(), {"mask": Segments()}, ConfigError, "segments = None: the mask holds Segments"),
         (_qkv(), {"layout": "dense"}, ConfigError, "layout = 'dense': unknown"),
         (_qkv(), {"layout": "packed"}, ConfigError, "layout = 'packed' with positions = None"),

@@ -9,16 +9,18 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnlab.core.dispatch import Device
+from attnlab.core.dispatch import Device, compiling_for
 from attnlab.core.mask import Blocks, Causal, Coords, Full, MaskMod, Segments, SinkTokens, Window
 from attnlab.core.mods import Mod
 from attnlab.core.versions import JAX
 from attnlab.ops.attention import (
     Call,
+    attention,
     gpu,
     gpu_backward_fused,
     gpu_work,
@@ -278,6 +280,84 @@ def test_the_fused_backward(case, monkeypatch):
     assert len(calls) == 3
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
         assert (np.asarray(a) == np.asarray(b)).all()
+
+
+@pytest.mark.parametrize("B, K, G, least", [(1, 2, 4, 4), (2, 1, 6, 4), (2, 2, 2, 4), (1, 3, 2, 1)])
+def test_parts_of_the_fused_backward(B, K, G, least, monkeypatch):
+    """Query heads of a group in one, some or as many blocks as heads; B > 1."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setattr(gpu_backward_fused, "HEADS", least)
+    monkeypatch.setattr(gpu_work, "cores", lambda kind: 3)
+    q, k, v, do = (
+        jax.random.normal(key, (B, 150, n, 64), jnp.bfloat16)
+        for key, n in zip(jax.random.split(jax.random.key(0), 4), (K * G, K, K, K * G))
+    )
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    found = gradients(functools.partial(gpu.forward, interpret=interpret), q, k, v, do)
+    exact = gradients(reference.forward, *(x.astype(jnp.float32) for x in (q, k, v, do)))
+    for a, b in zip(found, exact, strict=True):
+        assert np.linalg.norm(a.astype(jnp.float32) - b) < 1e-2 * np.linalg.norm(b)
+
+
+def kernels(jaxpr):
+    """The axes of blocks of every kernel in a program, and whether it counts in device memory."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "mpmd_map":
+            yield len(eqn.params["meshes"][0].grid), "get_global" in str(eqn)
+            continue
+        for below in jax.extend.core.jaxprs_in_params(eqn.params):
+            yield from kernels(below)
+
+
+@pytest.mark.parametrize("mask", [Causal(), Causal() & Window(256)], ids=["causal", "window"])
+def test_kernels_that_count_have_no_axis_of_vmap(mask):
+    """Blocks of all rows of vmap would share the counters."""
+    shapes = [jax.ShapeDtypeStruct((3, 1, 2048, n, 128), jnp.bfloat16) for n in (16, 4, 4)]
+
+    def loss(q, k, v):
+        return attention(q, k, v, mask=mask, impl="gpu").astype(jnp.float32).sum()
+
+    with compiling_for(H200):
+        found = [*kernels(jax.make_jaxpr(jax.vmap(jax.grad(loss, (0, 1, 2))))(*shapes).jaxpr)]
+    assert (1, True) in found and (2, True) not in found, found
+
+
+@pytest.mark.parametrize("mask, forced", [(Causal(), True), (Causal() & Window(40), False)])
+def test_vmap_runs_kernels_that_count_in_turn(mask, forced, monkeypatch):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setattr(gpu_work, "cores", lambda kind: 2)
+    forward = functools.partial(gpu.forward, interpret=plgpu.InterpretGPUParams())
+    q, k, v, do = (
+        jax.random.normal(key, (2, 1, 200, n, 64), jnp.bfloat16)
+        for key, n in zip(jax.random.split(jax.random.key(0), 4), (2, 1, 1, 2))
+    )
+
+    def step(*x):
+        return gradients(forward, *x, mask=mask, forced=FUSED if forced else {})
+
+    found = jax.vmap(step)(q, k, v, do)
+    for row in range(2):
+        for a, b in zip(found, step(q[row], k[row], v[row], do[row]), strict=True):
+            assert (np.asarray(a[row]) == np.asarray(b)).all()
+
+
+def gradients(forward, q, k, v, do, mask=None, forced=None):
+    """dq, dk, dv of a call."""
+    mask, places = Causal() if mask is None else mask, jnp.arange(q.shape[1], dtype=jnp.int32)
+    coords = Coords(jnp.broadcast_to(places, q.shape[:2]), None, places)
+
+    def loss(q, k, v):
+        o, _ = forward(
+            q, k, v, mask=mask, score=None, q_coords=coords, k_coords=coords, scale=0.125,
+            sink_logits=None, logit_cap=None, return_lse=True, softmax_dtype=jnp.dtype("float32"),
+            layout="full",
+        )
+        return (o * do).astype(jnp.float32).sum()
+
+    with tuning.forcing(FUSED if forced is None else forced):
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
 
 
 H200 = Device("gpu", "NVIDIA H200")

@@ -134,8 +134,15 @@ def test_forcing_sizes_of_dq_asks_for_its_kernel():
         assert sizes(128, 128, **MANY).backward == (Narrow(128, 64, 2, turns=False), TURNS)
     with tuning.forcing({"fused_dkv": 0}):
         assert sizes(128, 128, **MANY).backward == (SMALL, TURNS)
+    for size in ("turns_dkv", "persistent_dkv"):
+        with tuning.forcing({size: 1}):
+            assert not isinstance(sizes(128, 128, **MANY).backward[0], Fused)
+    with tuning.forcing({"fused_dkv": 1}):
+        assert sizes(128, 128).backward == (Fused(64, 128, 2),) * 2, "two heads, but asked for"
+    with tuning.forcing({"fused_dkv": 1, "stages_dq": 2, "section_dkv": 8}):
+        assert sizes(128, 128, **MANY).backward == (Fused(64, 128, 2, section=8),) * 2
     with (
-        tuning.forcing({"turns_dkv": 1}),
+        tuning.forcing({"fused_dkv": 1, "turns_dkv": 1}),
         pytest.raises(ConfigError, match="turns_dkv = 1: the kernel of fused_dkv has no"),
     ):
         _ = sizes(128, 128, **MANY).backward
@@ -298,6 +305,17 @@ def test_tuned_rows_serve_plain_calls(rows):
     assert list(map(chosen, others)) == usual and TUNED not in usual
     rows(row("forward", mask="window"), row("backward", mask="window"))
     assert chosen(sizes(128, 128, mask=Causal() & Window(9))) == TUNED
+
+
+def test_tuned_rows_of_the_fused_kernel_serve_many_heads(rows):
+    usual = sizes(128, 128).backward
+    fused = WINNER["backward"] | FUSED | {"wide_dkv": 0, "section_dkv": 16}
+    rows(row("backward", blocks=fused))
+    with compiling_for(H200):
+        assert sizes(128, 128, **MANY).backward == (Fused(64, 128, 2, section=16),) * 2
+        assert sizes(128, 128).backward == usual
+        with tuning.forcing({"stages_dq": 2}):
+            assert sizes(128, 128, **MANY).backward == (Narrow(128, 64, 2, turns=False), TURNS)
 
 
 def test_rows_of_other_sizes_are_not_used(rows):

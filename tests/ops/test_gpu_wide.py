@@ -166,7 +166,10 @@ def test_every_candidate_compiles(H, V):
         for blocks in space.candidates(key):
             changed = {n: size for n, size in blocks.items() if size != usual[n]}
             end = "_" + next(iter(changed), "_dq").rpartition("_")[2]
-            tried["forward" if direction == "forward" else end].append(changed)
+            kernel = "forward" if direction == "forward" else end
+            tried[kernel].append(
+                {n: x for n, x in blocks.items() if kernel == "forward" or n.endswith(end)}
+            )
 
     def gradients(q, k, v):
         def loss(*x):

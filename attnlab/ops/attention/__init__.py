@@ -272,9 +272,13 @@ def _over_shards(forward, *arrays, mask, score, q_coords, k_coords, sink_logits,
 
 def _shapes(q, k, v) -> tuple[int, int, int, int, int, int, int]:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
+        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+            kind = type(x).__name__
+            raise DtypeError(f"{name} is a {kind}", "must be an array", "use jnp.asarray")
+        if x.ndim != 4 or 0 in x.shape[2:]:
             raise ShapeError(
-                f"{name} has shape {tuple(x.shape)}", "must be [batch, tokens, heads, width]",
+                f"{name} has shape {tuple(x.shape)}",
+                "must be [batch, tokens, heads, width], with heads and width above 0",
                 "the layout is always B T N H",
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -14,8 +14,8 @@ Besides (``persistent``: see ``gpu_work``)
 | ``fused_dkv`` | dq has a kernel of its own | 1: ``gpu_backward_fused``; sizes of dq mean nothing |
 
 The heuristic takes ``gpu_backward_fused`` where it serves and there are heads enough; a key does
-not tell how many there are, so candidates start from the kernels that serve all. Forcing a size of
-dq, or ``fused_dkv = 0``, is asking for these.
+not tell how many there are, so candidates start from the kernels that serve all. Forcing a size
+that it lacks (any of dq) is asking for these.
 
 Heads above 256 have no choice: ``gpu_widths``.
 """
@@ -128,9 +128,12 @@ class Sizes:
             usual = heuristic(key, self.score, self.dense)
             return tuning.choose(key, usual=usual).blocks
         default = heuristic(key)
-        if direction == "backward" and self.heads >= FEWEST and _wants_fused(tuning.forced()):
+        fused = direction == "backward" and _may_fuse(self.heads, tuning.forced())
+        if fused:
             default |= _fused(key) or {}
-        return tuning.choose(key, default=default).blocks
+        return tuning.choose(
+            key, default=default, serves=lambda blocks: fused or not blocks.get("fused_dkv")
+        ).blocks
 
 
 def whole_widths(H: int, V: int) -> tuple[int, int]:
@@ -209,8 +212,11 @@ def _backward(H: int, V: int, light: bool, plain: bool, score: Body | None) -> t
     return dq(128, 2) | dkv(64, 3)
 
 
-def _wants_fused(forced: tuning.Blocks) -> bool:
-    return bool(forced.get("fused_dkv", 1)) and not any(n.endswith("_dq") for n in forced)
+def _may_fuse(heads: int, forced: tuning.Blocks) -> bool:
+    """Whether it is forced, or there are heads enough and no forced size is of another kernel."""
+    lacks = any(forced.get(name) for name in LACKS["fused"]) or forced.get("block_q_dkv") == ROWS
+    dq = any(name.endswith("_dq") for name in forced)
+    return bool(forced.get("fused_dkv", heads >= FEWEST and not lacks and not dq))
 
 
 def _fused(key: tuning.Key) -> tuning.Blocks | None:

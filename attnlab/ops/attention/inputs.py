@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from attnlab.core.mask import (
     SinkTokens,
     Wrapped,
     conjuncts,
+    masked,
     parts,
 )
 from attnlab.core.types import LAYOUTS, Layout
@@ -28,16 +31,9 @@ def composed(mask: Any, sink_tokens: int, segments: bool) -> Mask:
 
     A ``Planned`` mask is whole already; it raises ConfigError where it lacks what the call adds.
     """
-    if mask is None:
-        mask = Causal()
-    elif not isinstance(mask, Mask):
-        if not callable(mask):
-            raise ConfigError(
-                f"mask is a {type(mask).__name__}", "must be a mask or a function of a pair",
-                "compose Causal(), Window(...), ... with & and |, or use "
-                "lambda head, q_pos, k_pos: array[q_pos, k_pos]",
-            )
-        mask = MaskMod.of(mask)
+    if type(sink_tokens) is bool or not isinstance(sink_tokens, numbers.Integral):
+        raise ConfigError(f"sink_tokens = {sink_tokens!r}", "must be an integer", "pass a count")
+    mask = Causal() if mask is None else masked(mask)
     if isinstance(mask, Wrapped):
         if sink_tokens:
             raise ConfigError(
@@ -107,11 +103,12 @@ def coordinate_specs(coords: Coords, batch: tuple[str, ...]) -> Any:
 
 
 def _pair(name, value, q_shape, k_shape):
-    q, k = value if isinstance(value, tuple) else (value, value)
+    q, k = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
     for side, array, shape in (("query", q, q_shape), ("key", k, k_shape)):
-        if array.shape != shape:
+        if getattr(array, "shape", None) != shape:
+            got = f"has shape {array.shape}" if hasattr(array, "shape") else "is no array"
             raise ShapeError(
-                f"{side} {name} has shape {tuple(array.shape)}", f"must be {shape}",
+                f"{side} {name} {got}", f"must be {shape}",
                 f"one entry of {name} a {side} token",
             )
         if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -128,8 +125,10 @@ def check_options(N: int, sink_logits: Any, logit_cap: Any, scale: Any, softmax_
         )
     if isinstance(scale, jax.Array):
         raise ConfigError("scale is an array", "must be a Python number", "multiply q by it")
-    if logit_cap is not None and not logit_cap > 0:
-        raise ConfigError(f"logit_cap = {logit_cap}", "must be positive", "use None for no cap")
+    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+        raise ConfigError(f"scale = {scale!r}", "must be a finite number", "use None for H**-0.5")
+    if logit_cap is not None and not (isinstance(logit_cap, numbers.Real) and logit_cap > 0):
+        raise ConfigError(f"logit_cap = {logit_cap!r}", "must be positive", "use None for no cap")
     if jnp.dtype(softmax_dtype).name not in ("float32", "float64"):
         raise ConfigError(
             f"softmax_dtype = {softmax_dtype}", "logits and sums are never below float32",

@@ -192,20 +192,21 @@ def recording() -> Iterator[list[Choice]]:
 
 def choose(
     key: Key, device: Device | None = None, *, usual: Blocks | None = None,
-    default: Blocks | None = None,
+    default: Blocks | None = None, serves: Callable[[Blocks], bool] = lambda blocks: True,
 ) -> Choice:
     """The block sizes of a call: forced, else the nearest tuned row that fits, else the heuristic.
 
     Args:
         usual: the sizes of a call that is more than its key tells, in place of tuned rows and of
-            the heuristic. default: in place of the heuristic only.
+            the heuristic. default: in place of the heuristic only. serves: whether a tuned row
+            may be taken for this call.
 
     Raises:
         ConfigError: forced sizes are unknown to the implementation or do not fit the call.
     """
     mine = space(key.implementation)
     if usual is None:
-        choice = _tuned(key, mine, device or Device.default(), default)
+        choice = _tuned(key, mine, device or Device.default(), default, serves)
     else:
         choice = Choice(dict(usual), "default")
     choice = _with_forced(choice, key, mine)
@@ -236,7 +237,9 @@ def _with_forced(choice: Choice, key: Key, mine: Space) -> Choice:
     return Choice(blocks, "forced" if changed else choice.source)
 
 
-def _tuned(key: Key, mine: Space, device: Device, default: Blocks | None) -> Choice:
+def _tuned(
+    key: Key, mine: Space, device: Device, default: Blocks | None, serves: Callable[[Blocks], bool]
+) -> Choice:
     bucket = key.bucket()
     found = []
     for row in table(device.kind):
@@ -244,7 +247,8 @@ def _tuned(key: Key, mine: Space, device: Device, default: Blocks | None) -> Cho
         distance = bucket.distance(other)
         if other.mask != bucket.mask and not mine.across_masks:
             continue
-        if distance <= REACH and mine.refuses(key, row["blocks"]) is None:
+        fits = mine.refuses(key, row["blocks"]) is None and serves(row["blocks"])
+        if distance <= REACH and fits:
             found.append((distance, row))
     if not found:
         return Choice(dict(default or mine.default(key)), "default")
