@@ -140,11 +140,11 @@ def plot() -> None:
         if row["steps"] == most:
             color, line = styles[row["heads"]]
             x = np.arange(1, POINTS + 1) * (most // POINTS)
-            label = f"{row['heads']} heads" if row["seed"] == 0 else None
+            label = f"{row['heads']} head{'s' * (row['heads'] > 1)}" if row["seed"] == 0 else None
             axes.plot(x, row["curve"], color=color, ls=line, lw=1.5, label=label)
     for name, value in KNOWN.items():
         axes.axhline(value, color="#888888", lw=0.8)
-        axes.annotate(name, (most, value), ha="right", va="bottom", fontsize=8, color="#555555")
+        axes.annotate(name, (most, value), ha="right", va="top", fontsize=8, color="#555555")
     axes.set_yscale("log")
     axes.set_yticks([0.1, 0.2, 0.4, 1], labels=["0.1", "0.2", "0.4", "1"])
     axes.minorticks_off()
