@@ -247,8 +247,9 @@ def _tuned(
         distance = bucket.distance(other)
         if other.mask != bucket.mask and not mine.across_masks:
             continue
-        fits = mine.refuses(key, row["blocks"]) is None and serves(row["blocks"])
-        if distance <= REACH and fits:
+        if distance > REACH or mine.refuses(key, row["blocks"]) is not None:
+            continue
+        if serves(row["blocks"]):
             found.append((distance, row))
     if not found:
         return Choice(dict(default or mine.default(key)), "default")
