@@ -17,6 +17,7 @@ from attnlab.commands import (
     bench,
     check,
     convert,
+    cost,
     explain,
     generate,
     listing,
@@ -113,6 +114,13 @@ COMMANDS: dict[str, Command] = {
         "Choose the block sizes of attention kernels and keep them: predicted, or measured here.",
         "attnlab tune\nattnlab tune --target v5e --shape primary",
         tune.parser, tune.run,
+    ),
+    "cost": Command(
+        "Say what a layer of each variant costs on a device: time by roofline, FLOPs, bytes.",
+        "attnlab cost\n"
+        "attnlab cost --mode prefill --target v5p --variants gqa,mla --contexts 4k,32k\n"
+        "attnlab cost --batch 64 --plot cost.png",
+        cost.parser, cost.run,
     ),
     "convert": Command(
         "Write the parameters of a run to one file.",

@@ -103,7 +103,8 @@ def coordinate_specs(coords: Coords, batch: tuple[str, ...]) -> Any:
 
 
 def _pair(name, value, q_shape, k_shape):
-    q, k = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
+    pair: Any = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
+    q, k = pair
     for side, array, shape in (("query", q, q_shape), ("key", k, k_shape)):
         if getattr(array, "shape", None) != shape:
             got = f"has shape {array.shape}" if hasattr(array, "shape") else "is no array"
@@ -116,6 +117,10 @@ def _pair(name, value, q_shape, k_shape):
     return q.astype(jnp.int32), k.astype(jnp.int32)
 
 
+def _real(x: Any) -> bool:
+    return isinstance(x, numbers.Real)
+
+
 def check_options(N: int, sink_logits: Any, logit_cap: Any, scale: Any, softmax_dtype: Any) -> None:
     """Raise ShapeError or ConfigError unless these serve ``N`` query heads."""
     if sink_logits is not None and sink_logits.shape != (N,):
@@ -125,9 +130,9 @@ def check_options(N: int, sink_logits: Any, logit_cap: Any, scale: Any, softmax_
         )
     if isinstance(scale, jax.Array):
         raise ConfigError("scale is an array", "must be a Python number", "multiply q by it")
-    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+    if scale is not None and not (_real(scale) and math.isfinite(scale)):
         raise ConfigError(f"scale = {scale!r}", "must be a finite number", "use None for H**-0.5")
-    if logit_cap is not None and not (isinstance(logit_cap, numbers.Real) and logit_cap > 0):
+    if logit_cap is not None and not (_real(logit_cap) and logit_cap > 0):
         raise ConfigError(f"logit_cap = {logit_cap!r}", "must be positive", "use None for no cap")
     if jnp.dtype(softmax_dtype).name not in ("float32", "float64"):
         raise ConfigError(
