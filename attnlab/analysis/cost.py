@@ -15,6 +15,7 @@ training pass is three forward passes of both.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from typing import Any
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 
 from attnlab.analysis import listing
 from attnlab.analysis.printing import table
-from attnlab.analysis.targets import TARGETS, Target, find
+from attnlab.analysis.targets import TARGETS, Target
 from attnlab.core import registry
 from attnlab.core.errors import ConfigError
 from attnlab.core.layer import LayerConfig, Mode
@@ -31,6 +32,13 @@ from attnlab.core.types import Precision
 MODES = ("train", "prefill", "decode", "mix")
 PROMPT = 176  # input tokens for each output token of a "mix", as in coding assistants
 CONTEXTS = tuple(2**n for n in range(10, 18))
+# Beside the devices that kernels are compiled for, those of which two numbers are enough.
+DEVICES = TARGETS | {
+    target.name: target for target in (
+        Target("a100", "gpu", "NVIDIA A100-SXM4-80GB", "1x1x1", 312e12, 2039e9),
+        Target("h100", "gpu", "NVIDIA H100 80GB HBM3", "1x1x1", 989e12, 3350e9),
+    )
+}
 BF16 = Precision(params="bfloat16", compute="bfloat16", cache="bfloat16")
 
 
@@ -129,7 +137,10 @@ def main(args: Any) -> int:
     names = args.variants.split(",") if args.variants else list(registry.VARIANTS)
     for name in names:
         registry.get(name)
-    target, contexts = find(args.target), _lengths(args.contexts)
+    if args.target not in DEVICES:
+        near = difflib.get_close_matches(args.target, DEVICES) or sorted(DEVICES)
+        raise ConfigError(f"--target {args.target}", "is not known", f"use {' or '.join(near)}")
+    target, contexts = DEVICES[args.target], _lengths(args.contexts)
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}", "must be at least 1", "use 1 or more")
     found = rows(names, args.mode, target, contexts, args.batch)
@@ -192,6 +203,8 @@ def plot(found: list[dict[str, Any]], path: str) -> None:
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    lengths = sorted({row["context"] for row in found})
+    axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("microseconds a layer (roofline)")
     first = found[0]
@@ -209,7 +222,7 @@ def add_arguments(parser: Any) -> None:
     """The options of ``attnlab cost``."""
     add = parser.add_argument
     add("--variants", metavar="NAMES", help="comma-separated (default: all)")
-    add("--target", default="h200", metavar="NAME", help=f"{', '.join(TARGETS)} (default: h200)")
+    add("--target", default="h200", metavar="NAME", help=f"{', '.join(DEVICES)} (default: h200)")
     add("--mode", choices=MODES, default="decode", help="default: decode; mix: "
         f"{PROMPT} tokens read for each one answered")
     add("--contexts", metavar="LENGTHS", help="comma-separated, 4k is 4096 (default: 1k to 128k)")

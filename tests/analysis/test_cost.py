@@ -104,7 +104,7 @@ def test_command(capsys, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ("--variants gqa,mal", "variant = 'mal': is not registered. Fix: use mla"),
-    ("--target h300", "target = 'h300': unknown"),
+    ("--target h300", "--target h300: is not known. Fix: use h200 or h100"),
     ("--contexts 4k,x", "--contexts 4k,x: 'x' is no number of tokens"),
     ("--contexts 0", "--contexts 0: '0' is no number"),
     ("--batch 0", "--batch 0: must be at least 1"),
