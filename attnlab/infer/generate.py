@@ -153,6 +153,8 @@ def _init(params, *, graphdef, context, batch, capacity, dtype, policy=None):
     def place(cache):
         axes = getattr(type(cache), "AXES", {})
         pinned = {n: constrain(getattr(cache, n), None, *a) for n, a in axes.items()}
+        if hasattr(cache, "mixer"):
+            pinned["mixer"] = place(cache.mixer)
         return dataclasses.replace(cache, **pinned)
 
     return [place(cache) for cache in caches]

@@ -1,7 +1,7 @@
 """Pre-norm decoder language model: embedding, a period of layers repeated and scanned, head.
 
     h = E[tokens]
-    for each layer:  h = h + attn(rms_norm(h));  h = h + swiglu(rms_norm(h))
+    for each layer:  h = h + attn(conv(rms_norm(h)));  h = h + swiglu(rms_norm(h))
     logits = rms_norm(h) W_head^T               W_head = E when tied
 
 The period may mix attention variants (one config each); it is repeated ``repeats`` times. The
@@ -28,6 +28,14 @@ from attnlab.core.norm import rms_norm
 from attnlab.core.types import Precision, Seq
 from attnlab.models.loss import cross_entropy
 from attnlab.models.mlp import SwiGLU, round_up, swiglu_flops, swiglu_params
+from attnlab.models.short_conv import (
+    ConvCache,
+    ShortConv,
+    conv_flops,
+    conv_params,
+    state_of,
+    with_state,
+)
 
 Remat = Literal["none", "full", "dots", "attention"]
 
@@ -49,6 +57,7 @@ class DecoderConfig:
     Args:
         vocab_size: tokens; tables are padded to ``vocab_multiple`` rows, padding ids never win.
         period: attention configs, one a layer of the period. repeats: how often it is repeated.
+        short_conv: taps of a gated short convolution in front of every attention, 0 for none.
         mlp_dim: hidden width of SwiGLU. tied: one table for embedding and head.
         norm_eps, init_std: of the block's norms and projections.
         z_loss: weight of lse^2. loss_chunk: tokens a row in one chunk of logits, None = automatic.
@@ -60,6 +69,7 @@ class DecoderConfig:
     period: tuple[LayerConfig, ...]
     repeats: int
     mlp_dim: int
+    short_conv: int = 0
     tied: bool = True
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -75,6 +85,10 @@ class DecoderConfig:
             (self.vocab_size >= 2, f"vocab_size = {self.vocab_size}", "must be at least 2", "2"),
             (len(self.period) > 0, "period = ()", "needs at least one attention config", "add one"),
             (self.repeats >= 1, f"repeats = {self.repeats}", "must be at least 1", "use 1"),
+            (
+                self.short_conv == 0 or self.short_conv >= 2, f"short_conv = {self.short_conv}",
+                "is a number of taps, 2 or more", "use 3, or 0 for none",
+            ),
             (self.mlp_dim >= 1, f"mlp_dim = {self.mlp_dim}", "must be at least 1", "use 4 * dim"),
             (self.init_std > 0, f"init_std = {self.init_std}", "must be positive", "use 0.02"),
             (self.norm_eps > 0, f"norm_eps = {self.norm_eps}", "must be positive", "use 1e-6"),
@@ -130,6 +144,8 @@ class DecoderConfig:
     def param_count(self) -> int:
         D = self.dim
         block = sum(c.param_count() + swiglu_params(D, self.mlp_dim) + 2 * D for c in self.period)
+        if self.short_conv:
+            block += len(self.period) * conv_params(D, self.short_conv)
         return self.repeats * block + self.rows * D * (1 if self.tied else 2) + D
 
     def flops(self, tokens: int, keys: int | None = None, mode: Mode = "train") -> float:
@@ -137,10 +153,14 @@ class DecoderConfig:
         keys = tokens if keys is None else keys
         mlp = swiglu_flops(tokens, self.dim, self.mlp_dim)
         block = sum(c.flops(tokens, keys, mode).useful + mlp for c in self.period)
+        if self.short_conv:
+            block += len(self.period) * conv_flops(tokens, self.dim)
         return self.repeats * block + 2.0 * tokens * self.dim * self.rows
 
     def cache_bytes(self, tokens: int, dtype: Any = None) -> int:
-        return self.repeats * sum(c.cache_bytes(tokens, dtype) for c in self.period)
+        layers = self.repeats * sum(c.cache_bytes(tokens, dtype) for c in self.period)
+        rows = max(0, self.short_conv - 1) * self.dim
+        return layers + self.layers * rows * jnp.dtype(dtype or self.precision.cache).itemsize
 
     def build(self, rngs: nnx.Rngs) -> Decoder:
         return Decoder(self, rngs)
@@ -167,6 +187,8 @@ class Block(nnx.Module):
         self.config = config
         D, dtype = config.dim, config.precision.params
         self.attn_norm = parameter(rngs, ones, (D,), ("embed",), dtype)
+        if config.short_conv:
+            self.conv = ShortConv(D, config.short_conv, config.precision, rngs)
         self.attn = attention.build(rngs)
         self.mlp_norm = parameter(rngs, ones, (D,), ("embed",), dtype)
         self.mlp = SwiGLU(D, config.mlp_dim, config.precision, config.init_std, rngs)
@@ -181,10 +203,16 @@ class Block(nnx.Module):
             keywords["shared"] = {name: (shared or {})[name] for name in attention.reads}
         if state is not None:
             keywords["state"] = jax.lax.stop_gradient(state)
+        whole, after = cache, None
+        if c.short_conv:
+            x, after = self.conv(x, seq, None if step == "train" else state_of(cache))
+            cache = None if step == "train" else cache.mixer
         if step == "train":
             out = self.attn(x, seq, rng=rng, **keywords)
         else:
             out = getattr(self.attn, step)(x, seq, cache, **keywords)
+        if after is not None and step != "train":
+            out = dataclasses.replace(out, cache=with_state(out.cache, after, whole))
         if set(out.shared or ()) != set(attention.writes):
             raise ConfigError(
                 f"{type(attention).__name__} wrote {sorted(out.shared or ())}",
@@ -193,6 +221,14 @@ class Block(nnx.Module):
         h = h + out.y.astype(h.dtype)
         x = rms_norm(h, self.mlp_norm[...], c.norm_eps, wide)
         return h + self.mlp(x).astype(h.dtype), out
+
+    def init_cache(self, batch: int, capacity: int, dtype=None, *, policy=None) -> Any:
+        """The attention's cache, with the state of the convolution where there is one."""
+        cache = self.attn.init_cache(batch, capacity, dtype, policy=policy)
+        if not self.config.short_conv:
+            return cache
+        state = self.conv.init_state(batch, dtype or self.config.precision.cache)
+        return ConvCache(cache, state.rows, state.segments)
 
 
 class Decoder(nnx.Module):
@@ -299,20 +335,20 @@ class Decoder(nnx.Module):
 
     def init_caches(self, batch: int, capacity: int, dtype=None, *, policy=None) -> list:
         """One stacked cache a place in the period; ``policy`` as in the layers' ``init_cache``."""
-        return self._each(lambda layer: layer.init_cache(batch, capacity, dtype, policy=policy))
+        return self._each(lambda block: block.init_cache(batch, capacity, dtype, policy=policy))
 
     def init_state(self) -> list:
         """One stacked state a place in the period, None for layers without one."""
-        return self._each(lambda layer: layer.init_state())
+        return self._each(lambda block: block.attn.init_state())
 
     def _each(self, make) -> list:
-        """``make`` of every layer of the period, one copy a repeat."""
+        """``make`` of every block of the period, one copy a repeat."""
         repeats = self.config.repeats
 
         def stack(a):
             return jnp.broadcast_to(a, (repeats, *a.shape))
 
-        return [jax.tree.map(stack, make(block.attn)) for block in _first(self.blocks)]
+        return [jax.tree.map(stack, make(block)) for block in _first(self.blocks)]
 
     def prefill(self, tokens, seq: Seq, caches, *, state=None, impl=None):
         """``(h[B, T, D], caches)``; may be called repeatedly."""

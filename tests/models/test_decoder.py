@@ -116,12 +116,13 @@ def test_untied_head(mixed):
     assert untied.param_count() == c.param_count() + c.rows * DIM
 
 
+@pytest.mark.parametrize("conv", [0, 3])
 @pytest.mark.parametrize("name", [*FIELDS, "mixed"])
-def test_accounts(name):
+def test_accounts(name, conv):
     own = tuple(p for p in MIXED if registry.name_of(type(p)) == name)
     period = MIXED if name == "mixed" else own
     for tied in (True, False):
-        c = config(period, tied=tied)
+        c = config(period, tied=tied, short_conv=conv)
         graphdef, params = build(c)
         assert c.param_count() == sum(p.size for p in jax.tree.leaves(params))
         axes = Decoder.axes(versions.merge_module(graphdef, params))
@@ -140,11 +141,15 @@ def test_accounts(name):
         hidden = c.repeats * sum(f.dense - f.useful for f in layers)  # pairs the mask hides
         found = matmul_flops(run, params, jnp.zeros((1, T), jnp.int32))
         assert found == pytest.approx(c.flops(T) + hidden, rel=1e-6)
+        caches = versions.merge_module(graphdef, params).init_caches(1, T, jnp.bfloat16)
+        floats = [x for x in jax.tree.leaves(caches) if jnp.issubdtype(x.dtype, jnp.floating)]
+        assert sum(x.nbytes for x in floats) == c.cache_bytes(T, jnp.bfloat16)
 
 
+@pytest.mark.parametrize("conv", [0, 3])
 @pytest.mark.parametrize("scan", [True, False])
-def test_cached_passes_are_the_full_pass(scan):
-    c = config(scan=scan)
+def test_cached_passes_are_the_full_pass(scan, conv):
+    c = config(scan=scan, short_conv=conv)
     graphdef, params = build(c)
     T = 11
     tokens = np.random.default_rng(1).integers(0, c.vocab_size, (2, T)).astype(np.int32)
@@ -195,7 +200,7 @@ def test_what_a_layer_reads_must_have_been_written():
         ({"vocab_size": 1}, "vocab_size = 1"), ({"period": ()}, "period"),
         ({"repeats": 0}, "repeats = 0"), ({"mlp_dim": 0}, "mlp_dim = 0"),
         ({"z_loss": -1.0}, "z_loss"), ({"remat": "some"}, "remat = 'some'"),
-        ({"loss_chunk": 0}, "loss_chunk = 0"),
+        ({"loss_chunk": 0}, "loss_chunk = 0"), ({"short_conv": 1}, "short_conv = 1: is a number"),
         ({"period": (MIXED[0], GQAConfig(dim=8, num_heads=2))}, r"dims \[16, 8\]"),
     ],
     ids=str,

@@ -34,6 +34,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "sqa": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 4},
     "mla": dict(num_heads=4, kv_rank=8, q_rank=8, nope_dim=6, rope_dim=4, value_dim=8),
     "cca": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4},
+    "short conv": {"num_heads": 4, "num_kv_heads": 2},
 }
 STEPS, ROWS, LENGTH, VOCAB = 6, 8, 16, 100
 
@@ -54,8 +55,12 @@ def batch(step: int) -> dict[str, np.ndarray]:
 
 
 def trainer(name: str, mesh: str, devices: int, accumulate=1, optimizer="adamw") -> Trainer:
-    layer = registry.build_config("gqa" if name == "mqa" else name, dim=16, **FIELDS[name])
-    model = DecoderConfig(vocab_size=VOCAB, period=(layer,), repeats=2, mlp_dim=32, tied=False)
+    variant = "gqa" if name in ("mqa", "short conv") else name
+    layer = registry.build_config(variant, dim=16, **FIELDS[name])
+    model = DecoderConfig(
+        vocab_size=VOCAB, period=(layer,), repeats=2, mlp_dim=32, tied=False,
+        short_conv=3 if name == "short conv" else 0,
+    )
     config = OptimizerConfig(name=optimizer, lr=1e-2, matrix_lr=1e-2, warmup=2)
     where = make_mesh(mesh, jax.devices()[:devices])
     return Trainer(model, config, STEPS, where, RULES, accumulate=accumulate)

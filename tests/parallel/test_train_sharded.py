@@ -24,7 +24,7 @@ def assert_close(got, want, rel):
 
 
 @pytest.mark.devices8
-@pytest.mark.parametrize("name", ["gqa", "mqa", "sqa", "mla", "cca"])
+@pytest.mark.parametrize("name", ["gqa", "mqa", "sqa", "mla", "cca", "short conv"])
 def test_meshes(name):
     found = results(name)
     assert found["devices"] == 8
