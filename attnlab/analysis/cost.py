@@ -23,22 +23,14 @@ import jax.numpy as jnp
 
 from attnlab.analysis import listing
 from attnlab.analysis.printing import table
-from attnlab.analysis.targets import TARGETS, Target
+from attnlab.analysis.targets import DEVICES, Target
 from attnlab.core import registry
 from attnlab.core.errors import ConfigError
 from attnlab.core.layer import LayerConfig, Mode
 from attnlab.core.types import Precision
 
-MODES = ("train", "prefill", "decode", "mix")
 PROMPT = 176  # input tokens for each output token of a "mix", as in coding assistants
 CONTEXTS = tuple(2**n for n in range(10, 18))
-# Beside the devices that kernels are compiled for, those of which two numbers are enough.
-DEVICES = TARGETS | {
-    target.name: target for target in (
-        Target("a100", "gpu", "NVIDIA A100-SXM4-80GB", "1x1x1", 312e12, 2039e9),
-        Target("h100", "gpu", "NVIDIA H100 80GB HBM3", "1x1x1", 989e12, 3350e9),
-    )
-}
 BF16 = Precision(params="bfloat16", compute="bfloat16", cache="bfloat16")
 
 
@@ -216,16 +208,3 @@ def plot(found: list[dict[str, Any]], path: str) -> None:
     except (OSError, ValueError) as error:
         rule = f"cannot be written ({error})"
         raise ConfigError(f"--plot {path}", rule, "use cost.png") from None
-
-
-def add_arguments(parser: Any) -> None:
-    """The options of ``attnlab cost``."""
-    add = parser.add_argument
-    add("--variants", metavar="NAMES", help="comma-separated (default: all)")
-    add("--target", default="h200", metavar="NAME", help=f"{', '.join(DEVICES)} (default: h200)")
-    add("--mode", choices=MODES, default="decode", help="default: decode; mix: "
-        f"{PROMPT} tokens read for each one answered")
-    add("--contexts", metavar="LENGTHS", help="comma-separated, 4k is 4096 (default: 1k to 128k)")
-    add("--batch", type=int, default=1, help="rows (default: 1)")
-    add("--json", action="store_true", help="print JSON: FLOPs, bytes, intensity, bound, seconds")
-    add("--plot", metavar="FILE", help="draw time against context length")

@@ -57,6 +57,16 @@ TARGETS: dict[str, Target] = {
 }
 
 
+# Those, and devices of which two numbers are enough: a roofline.
+DEVICES = TARGETS | {
+    target.name: target
+    for target in (
+        Target("a100", "gpu", "NVIDIA A100-SXM4-80GB", "1x1x1", 312e12, 2039e9),
+        Target("h100", "gpu", "NVIDIA H100 80GB HBM3", "1x1x1", 989e12, 3350e9),
+    )
+}
+
+
 def find(name: str) -> Target:
     """The target called ``name``; ConfigError where there is none."""
     if name not in TARGETS:

@@ -101,6 +101,9 @@ class Needle(Task):
     def _slots(self) -> int:
         return (self.length - self._question) // self._record
 
+    def group_size(self, name: str) -> int:
+        return self.depths if name == "depth" else super().group_size(name)
+
     def draw(self, key: jax.Array) -> Batch:
         hay, names, values, depth, others = jax.random.split(key, 5)
         asked, slots = self.queries * self.values, self._slots

@@ -215,6 +215,9 @@ class InductionHeads(Task):
     def chance(self) -> float:
         return 1 / (self.vocab - 1)
 
+    def group_size(self, name: str) -> int:
+        return self.length - 1 if name == "distance" else super().group_size(name)
+
     def draw(self, key: jax.Array) -> Batch:
         others, place = jax.random.split(key)
         tokens = jax.random.randint(others, (self.length,), 0, self.vocab - 1)

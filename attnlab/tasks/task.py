@@ -66,6 +66,10 @@ class Task(abc.ABC):
         """What is right at the scored positions of one row ``tokens[T]``, from the tokens up to
         each position alone, by plain search; anything elsewhere. Independent of ``draw``."""
 
+    def group_size(self, name: str) -> int:
+        """How many values the group of that name has."""
+        raise ConfigError(f"group = {name!r}", "this task has no such group", "see its docstring")
+
     def sample(self, key: jax.Array, batch: int) -> Batch:
         """``batch`` rows."""
         return jax.vmap(self.draw)(jax.random.split(key, batch))

@@ -1,0 +1,1 @@
+"""The fair comparison of variants: small models on generated tasks."""
