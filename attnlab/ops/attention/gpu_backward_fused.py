@@ -67,7 +67,7 @@ def grads(
 ):
     """``dq[B, T, N, H]``, ``dk[B, S, K, H]``, ``dv[B, S, K, V]``, for H = V = 64 or 128, without a
     score function. ``lists`` are transposed, the same for all rows and heads. Beside its results it
-    takes ``4 B T N H`` bytes."""
+    takes ``4 B T N H`` bytes, and ``4 B S K (H + V)`` where groups are parted."""
     B, T, N, H = q.shape
     K, V = v.shape[2:]
     dtype, block_q, stages = q.dtype, config.block_q, config.stages
