@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from attnlab.commands import (
     bench,
     check,
+    compare,
     convert,
     cost,
     explain,
@@ -114,6 +115,12 @@ COMMANDS: dict[str, Command] = {
         "Choose the block sizes of attention kernels and keep them: predicted, or measured here.",
         "attnlab tune\nattnlab tune --target v5e --shape primary",
         tune.parser, tune.run,
+    ),
+    "compare": Command(
+        "Train variants on generated tasks, alike in all else, and say which is better.",
+        "attnlab compare --variants gqa,mla,cca --task mqar --seeds 3\n"
+        "attnlab compare --variants gqa,sqa --task induction,selective-copying --out runs/compare",
+        compare.parser, compare.run,
     ),
     "cost": Command(
         "Say what a layer of each variant costs on a device: time by roofline, FLOPs, bytes.",
