@@ -14,8 +14,8 @@ def parser(p: Parser) -> None:
     add("--task", default="mqar", metavar="NAMES", help="comma-separated (default: mqar); attnlab "
         "list names them")
     add("--seeds", type=whole, default=3, help="default: 3")
-    add("--rates", default="3e-3,1e-2", metavar="NUMBERS",
-        help="peak learning rates; each variant is judged at its best (default: 3e-3,1e-2)")
+    add("--rates", default="3e-3", metavar="NUMBERS",
+        help="peak learning rates; each variant is judged at its best (default: 3e-3)")
     add("--steps", type=whole, default=600, help="of 64 rows (default: 600)")
     add("--dim", type=whole, default=64, help="width of the models (default: 64)")
     add("--heads", type=whole, default=2, help="default: 2")
