@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -180,7 +181,9 @@ def summary(rows: Sequence[Row], baseline: str) -> list[dict[str, Any]]:
         found, base, p = best(row), mine[row["task"]], None
         spread = (found["std"] or 0) + (base["std"] or 0)
         if row["variant"] != baseline and found["std"] is not None and spread > 0:
-            test = stats.ttest_ind(found["accuracies"], base["accuracies"], equal_var=False)
+            with warnings.catch_warnings():  # one of the two may have no spread: that is no fault
+                warnings.simplefilter("ignore", RuntimeWarning)
+                test = stats.ttest_ind(found["accuracies"], base["accuracies"], equal_var=False)
             p = float(test.pvalue)  # type: ignore
         chance = tasks.get(row["task"]).chance
         lines.append({**{n: row[n] for n in (
@@ -192,7 +195,7 @@ def summary(rows: Sequence[Row], baseline: str) -> list[dict[str, Any]]:
 def markdown(lines: Sequence[dict[str, Any]]) -> str:
     """The lines of ``summary`` as a table."""
     head = ("task", "variant", "accuracy", "steps to 0.99", "p", "best rate", "parameters",
-            "MFLOP a token", "cache B a token", "s")
+            "training MFLOP a token", "cache B a token", "s")
     table = [head, ("---",) * len(head)]
     for line in lines:
         spread = "" if line["std"] is None else f" ± {line['std']:.3f}"
