@@ -132,7 +132,7 @@ def main(args: Any) -> int:
     if args.target not in DEVICES:
         near = difflib.get_close_matches(args.target, DEVICES) or sorted(DEVICES)
         raise ConfigError(f"--target {args.target}", "is not known", f"use {' or '.join(near)}")
-    target, contexts = DEVICES[args.target], _lengths(args.contexts)
+    target, contexts = DEVICES[args.target], args.contexts or list(CONTEXTS)
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}", "must be at least 1", "use 1 or more")
     found = rows(names, args.mode, target, contexts, args.batch)
@@ -161,20 +161,6 @@ def main(args: Any) -> int:
 def _cell(row: dict[str, Any]) -> str:
     bounds = "".join(row[part]["bound"][0] for part in ("weights", "attention") if part in row)
     return f"{row['seconds'] * 1e6:.4g} {bounds}".rstrip()
-
-
-def _lengths(text: str | None) -> list[int]:
-    """``"1k,32k"`` as numbers of tokens."""
-    if not text:
-        return list(CONTEXTS)
-    found = []
-    for part in text.split(","):
-        digits, unit = (part[:-1], 1024) if part[-1:] in ("k", "K") else (part, 1)
-        if not digits.isdigit() or int(digits) < 1:
-            rule = f"{part!r} is no number of tokens"
-            raise ConfigError(f"--contexts {text}", rule, "use 1k,32k")
-        found.append(int(digits) * unit)
-    return sorted(set(found))
 
 
 def plot(found: list[dict[str, Any]], path: str) -> None:

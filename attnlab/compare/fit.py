@@ -23,7 +23,7 @@ from attnlab.core import versions
 from attnlab.core.errors import ConfigError
 from attnlab.core.types import Seq
 from attnlab.models.decoder import DecoderConfig
-from attnlab.tasks.task import NONE, Task
+from attnlab.tasks.task import NONE, Task, require_positive
 
 TRAIN, TEST, START = 0, 1, 2  # streams of keys of a seed
 
@@ -47,10 +47,7 @@ class Budget:
     rows: int = 512
 
     def __post_init__(self):
-        for name in ("steps", "batch", "points", "rows"):
-            given = getattr(self, name)
-            if given < 1:
-                raise ConfigError(f"{name} = {given}", "must be at least 1", f"use {name} = 64")
+        require_positive(self, "steps", "batch", "points", "rows")
         if self.steps % self.points:
             raise ConfigError(
                 f"steps = {self.steps}", f"must be a multiple of points = {self.points}",
@@ -73,8 +70,8 @@ class Fitted:
 
     Args:
         steps: int ``[points]``, after how many steps it was judged. loss (nats a label), accuracy:
-            ``[rates, seeds, points]`` on the rows of the test. groups: ``[rates, seeds, values]``
-            by name, accuracy at the end by the groups of the task.
+            ``[rates, seeds, points]`` on the rows of the test. groups: right answers and answers
+            asked at the end, ``[rates, seeds, values, 2]`` by the name of a group of the task.
     """
 
     steps: np.ndarray
@@ -156,6 +153,5 @@ def _one(model: DecoderConfig, task: Task, budget: Budget, impl, rate, seed):
     groups = {}
     for name, values in test.groups.items():
         size = task.group_size(name)
-        add = [jax.ops.segment_sum(x.astype(jnp.float32), values, size) for x in (hits, asked)]
-        groups[name] = add[0] / add[1]
+        groups[name] = jax.ops.segment_sum(jnp.stack([hits, asked], 1), values, size)
     return loss, accuracy, groups

@@ -28,6 +28,7 @@ from attnlab.core import registry
 from attnlab.core.config import to_dict
 from attnlab.core.errors import ConfigError
 from attnlab.models.decoder import DecoderConfig
+from attnlab.tasks.task import require_positive
 
 Row = dict[str, Any]
 LEARNED = 0.99
@@ -63,10 +64,7 @@ class Grid:
             if not given or len(set(given)) != len(given):
                 rule = "must be some, each once"
                 raise ConfigError(f"{name} = {given}", rule, "name one or more")
-        for name in ("seeds", "dim", "heads", "layers", "mlp_dim"):
-            given = getattr(self, name)
-            if given < 1:
-                raise ConfigError(f"{name} = {given}", "must be at least 1", f"use {name} = 2")
+        require_positive(self, "seeds", "dim", "heads", "layers", "mlp_dim")
         if self.dim % self.heads:
             raise ConfigError(
                 f"dim = {self.dim}", f"must be a multiple of heads = {self.heads}",
@@ -114,10 +112,13 @@ def run(grid: Grid, folder: Path, say: Callable[[str], None] = print) -> list[Ro
     """
     folder.mkdir(parents=True, exist_ok=True)
     spec, wanted = folder / "grid.json", json.loads(json.dumps(to_dict(grid)))
-    if spec.exists() and (held := json.loads(spec.read_text())) != wanted:
-        other = ", ".join(sorted(n for n in wanted if held.get(n) != wanted[n])) or "its fields"
-        raise ConfigError(f"{folder}", f"holds another grid ({other} differ)", "use another folder")
-    spec.write_text(json.dumps(wanted, indent=1) + "\n")
+    if held := stored(spec):
+        other = sorted(n for n in wanted if held[0].get(n) != wanted[n])
+        if other:
+            rule = f"holds another grid ({', '.join(other)} differ)"
+            raise ConfigError(f"{folder}", rule, "use another folder")
+    else:
+        save(spec, [wanted])
     out = folder / "results.json"
     rows = stored(out)
     done = {(row["task"], row["variant"]) for row in rows}

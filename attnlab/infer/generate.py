@@ -153,8 +153,9 @@ def _init(params, *, graphdef, context, batch, capacity, dtype, policy=None):
     def place(cache):
         axes = getattr(type(cache), "AXES", {})
         pinned = {n: constrain(getattr(cache, n), None, *a) for n, a in axes.items()}
-        if hasattr(cache, "mixer"):
-            pinned["mixer"] = place(cache.mixer)
+        for field in dataclasses.fields(cache):
+            if dataclasses.is_dataclass(inner := getattr(cache, field.name)):
+                pinned[field.name] = place(inner)
         return dataclasses.replace(cache, **pinned)
 
     return [place(cache) for cache in caches]

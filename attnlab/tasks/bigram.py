@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.tasks.task import NONE, Batch, Task, require, row
+from attnlab.tasks.task import NONE, Batch, Line, require, row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BigramBackcopy(Task):
+class BigramBackcopy(Line):
     """A Markov chain with triggers: what follows a trigger is a copy of what came before it.
 
     Token 0 begins the row; tokens 1 to ``triggers`` are the triggers. What follows another token is
@@ -46,10 +46,6 @@ class BigramBackcopy(Task):
     @property
     def vocab_size(self) -> int:
         return self.vocab
-
-    @property
-    def seq_len(self) -> int:
-        return self.length
 
     @property
     def chance(self) -> float:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.tasks.task import NONE, Batch, Task, require, row
+from attnlab.tasks.task import NONE, Batch, Line, Task, require, require_positive, row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Copying(Task):
     alphabet: int = 16
 
     def __post_init__(self):
-        require(self.data > 0, f"data = {self.data}", "must be positive", "use 8")
+        require_positive(self, "data")
         require(self.noise >= 0, f"noise = {self.noise}", "must not be negative", "use 0")
         require(self.alphabet >= 4, f"alphabet = {self.alphabet}", "must be at least 4", "use 16")
 
@@ -70,7 +70,7 @@ class SelectiveCopying(Copying):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Parity(Task):
+class Parity(Line):
     """Random bits; at each, whether the ones so far are odd in number (``last``: at the end only).
 
     Needs a state that flips: softmax attention and linear models with positive eigenvalues do not
@@ -81,15 +81,11 @@ class Parity(Task):
     last: bool = False
 
     def __post_init__(self):
-        require(self.length > 0, f"length = {self.length}", "must be positive", "use 64")
+        require_positive(self, "length")
 
     @property
     def vocab_size(self) -> int:
         return 2
-
-    @property
-    def seq_len(self) -> int:
-        return self.length
 
     @property
     def chance(self) -> float:

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.tasks.task import NONE, Batch, Task, distinct, require, row
+from attnlab.tasks.task import NONE, Batch, Line, distinct, require, require_positive, row
 
 MARK, ASK = 0, 1  # the first two tokens of these vocabularies
 PHRASE = 5  # tokens of the phrase that a repeated haystack consists of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Needle(Task):
+class Needle(Line):
     """Records ``MARK key value...`` hidden in a haystack; at the end ``ASK key`` and the value.
 
     The forms of RULER (Hsieh et al. 2024, arXiv 2404.06654) over tokens: with one record a single
@@ -45,9 +45,7 @@ class Needle(Task):
     symbols: int = 64
 
     def __post_init__(self):
-        for name in ("records", "values", "queries", "width", "depths"):
-            given = getattr(self, name)
-            require(given > 0, f"{name} = {given}", "must be positive", f"use {name} = 1")
+        require_positive(self, "records", "values", "queries", "width", "depths", "symbols")
         require(
             self.queries <= self.records, f"queries = {self.queries}",
             f"asks for more keys than records = {self.records}", "hide more or ask fewer",
@@ -55,9 +53,6 @@ class Needle(Task):
         require(
             self.filler >= PHRASE, f"filler = {self.filler}",
             f"has fewer tokens than the phrase of {PHRASE}", "use 64",
-        )
-        require(
-            self.symbols > 0, f"symbols = {self.symbols}", "must be positive", "use 64"
         )
         needed = self._hidden
         require(
@@ -75,10 +70,6 @@ class Needle(Task):
     @property
     def vocab_size(self) -> int:
         return 2 + self.filler + self.keys + self.symbols
-
-    @property
-    def seq_len(self) -> int:
-        return self.length
 
     @property
     def chance(self) -> float:
@@ -169,7 +160,7 @@ class Needle(Task):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VariableTracking(Task):
+class VariableTracking(Line):
     """Chains ``MARK x0 c``, ``MARK x1 x0``, ... scattered in order; at the end ``ASK c``: which
     variables hold the constant, first to last? ``hops`` assignments follow the first of a chain.
 
@@ -184,7 +175,7 @@ class VariableTracking(Task):
     constants: int = 64
 
     def __post_init__(self):
-        require(self.chains > 0, f"chains = {self.chains}", "must be positive", "use 1")
+        require_positive(self, "chains")
         require(self.hops >= 0, f"hops = {self.hops}", "must not be negative", "use 4")
         needed = self.chains * (self.hops + 1)
         require(
@@ -201,10 +192,6 @@ class VariableTracking(Task):
     @property
     def vocab_size(self) -> int:
         return 2 + self.filler + self.variables + self.constants
-
-    @property
-    def seq_len(self) -> int:
-        return self.length
 
     @property
     def chance(self) -> float:
@@ -254,7 +241,7 @@ class VariableTracking(Task):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommonWords(Task):
+class CommonWords(Line):
     """A shuffled list of words: ``common`` of them ``often`` times, others ``rare`` times; at the
     end ``ASK``: which are common, by their number?
 
@@ -269,7 +256,7 @@ class CommonWords(Task):
     words: int = 128
 
     def __post_init__(self):
-        require(self.common > 0, f"common = {self.common}", "must be positive", "use 4")
+        require_positive(self, "common")
         require(
             0 < self.rare < self.often, f"rare = {self.rare}",
             f"must be between 0 and often = {self.often}", "use 2",
@@ -287,10 +274,6 @@ class CommonWords(Task):
     @property
     def vocab_size(self) -> int:
         return 2 + self.words
-
-    @property
-    def seq_len(self) -> int:
-        return self.length
 
     @property
     def chance(self) -> float:

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.tasks.task import NONE, Batch, Task, distinct, require, row
+from attnlab.tasks.task import NONE, Batch, Line, distinct, require, require_positive, row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MQAR(Task):
+class MQAR(Line):
     """Multi-query associative recall: pairs of key and value, then every key once more.
 
     A row is ``k1 v1 ... km vm`` and queries: the rest is cut into slots of two cells, a key stands
@@ -36,7 +36,7 @@ class MQAR(Task):
     random_filler: bool = False
 
     def __post_init__(self):
-        _checked(self, 2, self.pairs, self.pairs)
+        _checked(self, 2)
         require(
             self.length % 2 == 0, f"length = {self.length}", "must be even", "add a token"
         )
@@ -44,10 +44,6 @@ class MQAR(Task):
     @property
     def vocab_size(self) -> int:
         return self.vocab
-
-    @property
-    def seq_len(self) -> int:
-        return self.length
 
     @property
     def chance(self) -> float:
@@ -58,6 +54,10 @@ class MQAR(Task):
         """Accuracy of guessing among the values of the row."""
         return 1 / self.pairs
 
+    @property
+    def _records(self) -> int:
+        return self.pairs
+
     def draw(self, key: jax.Array) -> Batch:
         names, values, slots, filler = jax.random.split(key, 4)
         names = distinct(names, self.pairs, 1, self.vocab // 2)
@@ -66,7 +66,7 @@ class MQAR(Task):
         return _asked(self, records, names[:, None], values, slots, filler)
 
     def answers(self, tokens: np.ndarray) -> np.ndarray:
-        context, half = 2 * self.pairs, self.vocab // 2
+        context, half = 2 * self._records, self.vocab // 2
         known = {k: v for k, v in tokens[:context].reshape(-1, 2).tolist()}
         return np.array([
             known.get(t, NONE) if i >= context and t < half else NONE
@@ -83,13 +83,16 @@ class ForgettingMQAR(MQAR):
 
     rebound: int = 2
 
+    @property
+    def _records(self) -> int:
+        return self.pairs + self.rebound
+
     def __post_init__(self):
-        super().__post_init__()
         require(
             0 <= self.rebound <= self.pairs, f"rebound = {self.rebound}",
             f"must be from 0 to pairs = {self.pairs}", "take fewer",
         )
-        _checked(self, 2, self.pairs + self.rebound, self.pairs)
+        super().__post_init__()
 
     def draw(self, key: jax.Array) -> Batch:
         names, values, slots, filler = jax.random.split(key, 4)
@@ -100,14 +103,6 @@ class ForgettingMQAR(MQAR):
         records = jnp.stack([jnp.concatenate([names, names[:u]]), values], 1)
         last = values[:m].at[:u].set(values[m:])
         return _asked(self, records, names[:, None], last, slots, filler)
-
-    def answers(self, tokens: np.ndarray) -> np.ndarray:
-        context, half = 2 * (self.pairs + self.rebound), self.vocab // 2
-        known = {k: v for k, v in tokens[:context].reshape(-1, 2).tolist()}
-        return np.array([
-            known.get(t, NONE) if i >= context and t < half else NONE
-            for i, t in enumerate(tokens.tolist())
-        ])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +120,7 @@ class CompositionalMQAR(MQAR):
             side * side == self.pairs, f"pairs = {self.pairs}", "must be a square",
             f"use {side * side} or {(side + 1) ** 2}",
         )
-        _checked(self, 3, self.pairs, self.pairs)
+        _checked(self, 3)
         quarter = self.vocab // 4
         require(
             side < quarter, f"vocab = {self.vocab}", f"has no {side} halves of a name of each kind",
@@ -152,10 +147,11 @@ class CompositionalMQAR(MQAR):
         ])
 
 
-def _checked(task: MQAR, width: int, records: int, pairs: int) -> None:
+def _checked(task: MQAR, width: int) -> None:
     """Whether records and queries of ``width`` cells fit, and there are names and values enough."""
+    require_positive(task, "pairs")
+    records, pairs = task._records, task.pairs
     need = width * (records + pairs)
-    require(pairs > 0, f"pairs = {pairs}", "must be positive", "use 8")
     require(
         need <= task.length, f"length = {task.length}",
         f"does not hold {records} records and {pairs} queries of {width} tokens",
@@ -189,7 +185,7 @@ def _asked(task: MQAR, records, names, values, slots: jax.Array, filler: jax.Arr
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InductionHeads(Task):
+class InductionHeads(Line):
     """Random tokens, a trigger at a random place and once more at the end: what followed it?
 
     Gu and Dao 2023 (Mamba), arXiv 2312.00752. The trigger is the last token of the vocabulary;
@@ -206,10 +202,6 @@ class InductionHeads(Task):
     @property
     def vocab_size(self) -> int:
         return self.vocab
-
-    @property
-    def seq_len(self) -> int:
-        return self.length
 
     @property
     def chance(self) -> float:

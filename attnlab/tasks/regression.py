@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnlab.tasks.task import require
+from attnlab.tasks.task import require, require_positive
 
 
 class Vectors(NamedTuple):
@@ -41,9 +41,7 @@ class LinearRegression:
     noise: float = 0.0
 
     def __post_init__(self):
-        for name in ("dims", "points"):
-            given = getattr(self, name)
-            require(given > 0, f"{name} = {given}", "must be positive", "use 20")
+        require_positive(self, "dims", "points")
         require(self.noise >= 0, f"noise = {self.noise}", "must not be negative", "use 0")
 
     @property
@@ -93,9 +91,7 @@ class QueryRegression:
     noise: float = 0.1
 
     def __post_init__(self):
-        for name in ("dims", "pairs"):
-            given = getattr(self, name)
-            require(given > 0, f"{name} = {given}", "must be positive", "use 5")
+        require_positive(self, "dims", "pairs")
         require(self.noise >= 0, f"noise = {self.noise}", "must not be negative", "use 0.1")
 
     @property
@@ -115,15 +111,19 @@ class QueryRegression:
 
     def ridge(self, batch: Vectors) -> np.ndarray:
         """Predictions ``[B]`` of the posterior mean of w, the best there is."""
-        inputs = np.asarray(batch.inputs, np.float64)
-        x, y, query = inputs[:, :-1, :-1], inputs[:, :-1, -1], inputs[:, -1, :-1]
+        x, y, query = _taken_apart(batch)
         gram = x.swapaxes(1, 2) @ x + self.dims * self.noise * np.eye(self.dims)
         w = np.linalg.solve(gram, x.swapaxes(1, 2) @ y[..., None])
         return (query[:, None] @ w)[:, 0, 0]
 
     def gradient_step(self, batch: Vectors, rate: float) -> np.ndarray:
         """Predictions ``[B]`` of one step of gradient descent from 0: ``rate / pairs sum y x``."""
-        inputs = np.asarray(batch.inputs, np.float64)
-        x, y, query = inputs[:, :-1, :-1], inputs[:, :-1, -1], inputs[:, -1, :-1]
+        x, y, query = _taken_apart(batch)
         w = rate / self.pairs * (y[:, None] @ x)[:, 0]
         return (w * query).sum(1)
+
+
+def _taken_apart(batch: Vectors) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``x[B, pairs, dims]``, ``y[B, pairs]`` and the query ``[B, dims]`` in float64."""
+    inputs = np.asarray(batch.inputs, np.float64)
+    return inputs[:, :-1, :-1], inputs[:, :-1, -1], inputs[:, -1, :-1]

@@ -93,7 +93,25 @@ def accuracy(batch: Batch, said: Any) -> float:
     return float((np.asarray(said) == np.asarray(batch.labels))[scored].mean())
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line(Task):
+    """A task whose rows are as long as its field says."""
+
+    length: int
+
+    @property
+    def seq_len(self) -> int:
+        return self.length
+
+
 def require(good: bool, what: str, rule: str, fix: str) -> None:
     """ConfigError unless ``good``."""
     if not good:
         raise ConfigError(what, rule, fix)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """ConfigError unless these fields are above 0."""
+    for name in names:
+        given = getattr(config, name)
+        require(given > 0, f"{name} = {given}", "must be at least 1", f"use {name} = 8")

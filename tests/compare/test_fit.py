@@ -33,7 +33,9 @@ def test_rates_and_seeds_alone_are_those_together():
     alone = fit(model(task), task, SMALL, rates=(1e-3,), seeds=(5,))
     np.testing.assert_allclose(together.loss[1, 1], alone.loss[0, 0], rtol=1e-5)
     assert len(set(np.round(together.loss[..., -1].ravel(), 6).tolist())) == 4
-    assert together.groups["distance"].shape == (2, 2, 11)
+    right, asked = np.moveaxis(together.groups["distance"], -1, 0)
+    assert right.shape == (2, 2, 11) and (asked.sum(-1) == 32).all() and (right <= asked).all()
+    np.testing.assert_allclose(right.sum(-1) / 32, together.accuracy[..., -1], rtol=1e-6)
 
 
 def test_a_rate_of_nothing_learns_nothing():

@@ -80,9 +80,9 @@ def test_one_layer_learns_a_step_of_gradient_descent(script):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: LinearRegression(dims=0), "dims = 0: must be positive"),
+    (lambda: LinearRegression(dims=0), "dims = 0: must be at least 1"),
     (lambda: LinearRegression(noise=-1), "noise = -1: must not be negative"),
-    (lambda: QueryRegression(pairs=0), "pairs = 0: must be positive"),
+    (lambda: QueryRegression(pairs=0), "pairs = 0: must be at least 1"),
 ])
 def test_wrong_fields(make, message):
     with pytest.raises(ConfigError, match=message):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from attnlab.core.axes import vary
 from attnlab.core.dispatch import Implementation
-from attnlab.core.mask import Blocks, Causal, Mask, MaskMod, SinkTokens, conjuncts, parts
+from attnlab.core.mask import Blocks, Causal, MaskMod, SinkTokens, conjuncts, masked, parts
 from attnlab.core.mods import Mod, Program
 from attnlab.core.staging import Body, split, values
 from attnlab.core.types import Layout
@@ -204,7 +204,7 @@ def tiles(
             logit_cap, sink_tokens: as in ``attention``.
     """
     B, _, N, _ = q.shape
-    mask = Causal() if mask is None else mask if isinstance(mask, Mask) else MaskMod.of(mask)
+    mask = Causal() if mask is None else masked(mask)
     mask = (mask | SinkTokens(sink_tokens) if sink_tokens else mask).bound(B, N)
     if score_mod is not None and not isinstance(score_mod, Mod):
         score_mod = Mod.of(score_mod, score_dtype="float32")

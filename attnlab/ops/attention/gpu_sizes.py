@@ -123,17 +123,17 @@ class Sizes:
 
     def _blocks(self, direction: tuning.Direction) -> tuning.Blocks:
         key = dataclasses.replace(self.key, direction=direction)
-        if self.score is not None or self.dense:
-            # Tuned rows are of plain calls, and a key does not tell these from them.
-            usual = heuristic(key, self.score, self.dense)
-            return tuning.choose(key, usual=usual).blocks
-        default = heuristic(key)
-        fused = direction == "backward" and _may_fuse(self.heads, tuning.forced())
-        if fused:
+        # Tuned rows are of plain calls of many heads, and a key does not tell others from them.
+        plain = self.score is None and not self.dense
+        may_fuse = plain and direction == "backward" and _may_fuse(self.heads, tuning.forced())
+        default = heuristic(key, self.score, self.dense)
+        if may_fuse:
             default |= _fused(key) or {}
-        return tuning.choose(
-            key, default=default, serves=lambda blocks: fused or not blocks.get("fused_dkv")
-        ).blocks
+
+        def serves(blocks: tuning.Blocks) -> bool:
+            return plain and (may_fuse or not blocks.get("fused_dkv"))
+
+        return tuning.choose(key, default=default, serves=serves).blocks
 
 
 def whole_widths(H: int, V: int) -> tuple[int, int]:

@@ -44,6 +44,7 @@ from attnlab.core.mask import (
     SinkTokens,
     Window,
     Wrapped,
+    masked,
 )
 from attnlab.core.mods import Mod
 from attnlab.ops.attention import _score, attention
@@ -183,8 +184,7 @@ def _mask(mask: Any, of_row: _OfRow) -> Mask:
     """The mask of the folded call."""
     if mask is None:
         return Causal()
-    if not isinstance(mask, Mask):
-        mask = MaskMod.of(mask) if callable(mask) else mask
+    mask = masked(mask)
     match mask:
         case And() | Or():
             return type(mask)(*(_mask(x, of_row) for x in (mask.left, mask.right)))

@@ -191,25 +191,21 @@ def recording() -> Iterator[list[Choice]]:
 
 
 def choose(
-    key: Key, device: Device | None = None, *, usual: Blocks | None = None,
-    default: Blocks | None = None, serves: Callable[[Blocks], bool] = lambda blocks: True,
+    key: Key, device: Device | None = None, *, default: Blocks | None = None,
+    serves: Callable[[Blocks], bool] = lambda blocks: True,
 ) -> Choice:
     """The block sizes of a call: forced, else the nearest tuned row that fits, else the heuristic.
 
     Args:
-        usual: the sizes of a call that is more than its key tells, in place of tuned rows and of
-            the heuristic. default: in place of the heuristic only. serves: whether a tuned row
-            may be taken for this call.
+        default: in place of the heuristic. serves: whether a tuned row may be taken for this call,
+            which may be more than its key tells.
 
     Raises:
         ConfigError: forced sizes are unknown to the implementation or do not fit the call.
     """
     mine = space(key.implementation)
-    if usual is None:
-        choice = _tuned(key, mine, device or Device.default(), default, serves)
-    else:
-        choice = Choice(dict(usual), "default")
-    choice = _with_forced(choice, key, mine)
+    tuned = _tuned(key, mine, device or Device.default(), default, serves)
+    choice = _with_forced(tuned, key, mine)
     record = _record.get()
     if record is not None:
         record.append(choice)
